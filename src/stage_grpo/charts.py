@@ -1,0 +1,171 @@
+"""Figures of a report: line charts and interval plots as inline SVG, images as data URIs, weight overlays.
+
+Nothing here needs a display or a network, and equal input gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fde", "#e07b39", "#2a9d6f", "#8459c9", "#8a93a3"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#c2456b", GREY)
+_INK, _RULE = "#333b49", "#e3e7ee"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's own font
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+}
+
+Series = tuple[Sequence[float], Sequence[float]]
+
+
+def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str] = ()) -> str:
+    """Metrics over training steps: raw values faint, a centred moving average on top.
+
+    Args:
+        series: Label to (steps, values); empty ones are left out.
+        salt: Any text that differs from chart to chart, so that SVG ids do not clash within one page.
+        dashed: Labels to draw dashed, e.g. the reference policy's.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for color, (name, (steps, values)) in zip(PALETTE * 9, series.items()):
+            if not len(steps):
+                continue
+            window = max(1, len(values) // 12)
+            if window > 1:
+                axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+            style = "--" if name in dashed else "-"
+            axes.plot(steps, moving_average(values, window), style, color=color, linewidth=1.7, label=name)
+        _tidy(axes)
+        axes.set_xlabel("step")
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8, loc="best")
+        return _svg(figure)
+
+
+def interval_chart(
+    rows: Sequence[str], sides: Mapping[str, Sequence[tuple[float, float, float]]], *, salt: str
+) -> str:
+    """Scores with intervals, one row a category, one colour a side.
+
+    Args:
+        rows: Names of the rows, top to bottom.
+        sides: Name of the side ("before", "after") to (value, low, high) a row, in [0, 1].
+        salt: See `line_chart`.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(5.2, 0.36 * len(rows) + 0.8), layout="constrained")
+        axes = figure.subplots()
+        colors = (GREY, BLUE)
+        shifts = np.linspace(-0.14, 0.14, len(sides))
+        for color, shift, (name, triples) in zip(colors * 3, shifts, sides.items()):
+            value, low, high = np.array(triples, dtype=float).T
+            at = np.arange(len(rows)) + shift
+            axes.hlines(at, low, high, color=color, linewidth=2.2, alpha=0.45)
+            axes.plot(value, at, "o", color=color, markersize=5, label=name)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        _tidy(axes)
+        axes.grid(axis="x", color=_RULE, linewidth=0.8)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(-0.02, 1.02)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(sides))
+        return _svg(figure)
+
+
+def moving_average(values: Sequence[float], window: int) -> Float[np.ndarray, " N"]:
+    """Centred moving average; near the ends over the values that exist.
+
+    Args:
+        values: A series.
+        window: Number of values averaged, at least 1.
+
+    Returns:
+        As many values.
+    """
+    kernel = np.ones(min(window, len(values)))
+    total = np.convolve(np.asarray(values, dtype=float), kernel, mode="same")
+    return total / np.convolve(np.ones(len(values)), kernel, mode="same")
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a PNG data URI.
+
+    Args:
+        image: Any size; small ones stay small, the page enlarges them.
+
+    Returns:
+        ``data:image/png;base64,...``
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def weight_overlay(
+    image: Image.Image, weights: Sequence[float], grid: tuple[int, int], scale: tuple[float, float]
+) -> Image.Image:
+    """Draw the weight of each token over its place in the image.
+
+    Args:
+        image: RGB.
+        weights: One a token, row by row.
+        grid: Rows and columns of tokens.
+        scale: Weights that get the two ends of the colour scale (low, high).
+
+    Returns:
+        RGB, at least 192 pixels wide: the image greyed and tinted, dark violet low to yellow high.
+
+    Raises:
+        ValueError: The number of weights is not that of the grid.
+    """
+    if len(weights) != grid[0] * grid[1]:
+        raise ValueError(f"{len(weights)} weights do not fill a grid of {grid[0]} x {grid[1]} tokens.")
+    low, high = scale
+    relative = (np.reshape(np.asarray(weights, dtype=float), grid) - low) / max(high - low, 1e-12)
+    tint = matplotlib.colormaps["viridis"](relative.clip(0, 1))[..., :3]
+    factor = max(1, -(-192 // image.width))
+    size = (image.width * factor, image.height * factor)
+    large = image.resize(size, Image.Resampling.NEAREST).convert("L").convert("RGB")
+    layer = Image.fromarray((255 * tint).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    return Image.blend(large, layer, 0.6)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = buffer.getvalue()
+    # Inline SVG needs neither the XML prologue nor the metadata, which names an outside vocabulary by URL.
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return text.strip()

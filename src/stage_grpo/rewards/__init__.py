@@ -1,0 +1,1 @@
+"""Rewards: one contract, one file a reward, imported by name when used."""

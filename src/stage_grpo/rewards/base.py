@@ -1,0 +1,228 @@
+"""The contract of a reward, and the seam that hands one to TRL.
+
+A reward looks at a batch of finished images and says how good each is. It is a subclass of
+:class:`Reward`, or any plain function ``f(images, prompts, metadata)`` that returns one number an image.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from stage_grpo.types import Metadata
+
+logger = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., Any]
+"""``f(images, prompts, metadata) -> one number per image``."""
+TrlReward = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """Scores of a batch of B images, and named details for logs.
+
+    ``scores`` are float64; NaN marks a sample that could not be scored, never 0. Every list of ``details``
+    has B values.
+    """
+
+    scores: Float[np.ndarray, " B"]
+    details: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a reward that has none."""
+
+
+class Reward(ABC):
+    """Scores images. A subclass writes ``name`` and ``compute``, and ``Options`` if it has any.
+
+    Attributes:
+        name: how the reward is called in logs and error messages; the class's name where none is given.
+        Options: a frozen dataclass whose ``__post_init__`` checks its values; ``self.options`` is one.
+    """
+
+    name: str
+    Options: ClassVar[type[Any]] = NoOptions
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
+
+    def __init__(self, options: Any = None):
+        self.options = self.Options() if options is None else options
+
+    @abstractmethod
+    def compute(
+        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]
+    ) -> RewardResult | Sequence[float | None] | np.ndarray:
+        """Returns one number per image, or a :class:`RewardResult`; None or NaN where it could not be scored.
+
+        Args:
+            images: B RGB images of any size.
+            prompts: B prompts.
+            metadata: B descriptions of what each prompt asks for; empty where only the prompt is known.
+        """
+
+    def score(
+        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
+    ) -> RewardResult:
+        """Scores B images and checks what :meth:`compute` returned.
+
+        Args:
+            images: B RGB images of any size.
+            prompts: B prompts.
+            metadata: B descriptions of what each prompt asks for; None stands for B empty ones.
+
+        Raises:
+            ValueError: inputs of different length, or a result that is not B finite-or-NaN numbers.
+        """
+        metadata = [{} for _ in prompts] if metadata is None else metadata
+        if not len(images) == len(prompts) == len(metadata):
+            raise ValueError(
+                f"reward {self.name!r} was given {len(images)} images, {len(prompts)} prompts and "
+                f"{len(metadata)} metadata; give one of each per sample"
+            )
+        result = _checked(self.name, self.compute(images, prompts, metadata), len(images))
+        num_failed = int(np.isnan(result.scores).sum())
+        if num_failed:
+            logger.warning("reward %r could not score %d of %d images", self.name, num_failed, len(images))
+        return result
+
+
+class FunctionReward(Reward):
+    """A plain function ``f(images, prompts, metadata, **options)`` as a reward, named after the function.
+
+    Args:
+        function: returns one number per image; None or NaN where it could not score.
+        options: keyword arguments given to every call.
+    """
+
+    def __init__(self, function: RewardFunction, options: dict[str, Any] | None = None):
+        super().__init__()
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self._function = function
+        self._arguments = dict(options or {})
+
+    def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> Any:
+        """Calls the function. See :meth:`Reward.compute`."""
+        return self._function(images, prompts, metadata, **self._arguments)
+
+
+def as_reward(reward: Reward | RewardFunction) -> Reward:
+    """Returns a :class:`Reward` as it is and wraps a plain function.
+
+    Raises:
+        TypeError: neither a reward nor callable.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if not callable(reward) or isinstance(reward, type):
+        raise TypeError(f"{reward!r} is no reward; give a Reward object or f(images, prompts, metadata)")
+    return FunctionReward(reward)
+
+
+def as_trl_reward(reward: Reward | RewardFunction) -> TrlReward:
+    """Adapts a reward to TRL's ``reward_funcs``: a function that returns None for "could not be scored".
+
+    The returned function reads ``prompts``, ``generated_images`` (RGB) and ``metadata`` (JSON strings or
+    dicts) from what TRL passes, and ignores the rest. Through TRL's hooks it logs every detail as a column
+    of the completions table, ``<name>/<detail>``, and the mean of a numeric one as a metric,
+    ``rewards/<name>/<detail>``.
+
+    Raises:
+        TypeError: neither a reward nor callable.
+    """
+    checked = as_reward(reward)
+
+    def trl_reward(
+        *,
+        prompts: list[str],
+        generated_images: list[Image.Image] | None = None,
+        metadata: list[Any] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        if generated_images is None:
+            raise ValueError(
+                f"reward {checked.name!r} got no images; let the rollout return them as 'generated_images'"
+            )
+        described = [_as_metadata(value, checked.name) for value in metadata or [None] * len(prompts)]
+        result = checked.score(list(generated_images), list(prompts), described)
+        for detail, values in result.details.items():
+            if log_extra is not None:
+                log_extra(f"{checked.name}/{detail}", [_as_cell(value) for value in values])
+            numbers = [float(value) for value in values if isinstance(value, Real | np.bool_)]
+            if log_metric is not None and numbers and len(numbers) + values.count(None) == len(values):
+                log_metric(f"rewards/{checked.name}/{detail}", float(np.mean(numbers)))
+        return [None if np.isnan(score) else float(score) for score in result.scores]
+
+    trl_reward.__name__ = checked.name
+    return trl_reward
+
+
+def _checked(name: str, raw: Any, num_images: int) -> RewardResult:
+    """Scores as float64 with None as NaN, or an error that names the reward."""
+    details = raw.details if isinstance(raw, RewardResult) else {}
+    values = raw.scores if isinstance(raw, RewardResult) else raw
+    if hasattr(values, "tolist"):  # numpy arrays and torch tensors alike, without importing torch
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"reward {name!r} returned {values!r}; return a list of one number per image")
+    if len(values) != num_images:
+        raise ValueError(f"reward {name!r} returned {len(values)} scores for {num_images} images; return as many")
+    scores = np.array([_as_score(name, value, index) for index, value in enumerate(values)], dtype=np.float64)
+    for detail, column in details.items():
+        if len(column) != num_images:
+            raise ValueError(
+                f"reward {name!r} returned {len(column)} values of detail {detail!r} "
+                f"for {num_images} images; return as many"
+            )
+    return RewardResult(scores, details)
+
+
+def _as_score(name: str, value: Any, index: int) -> float:
+    if value is None:
+        return float("nan")
+    if isinstance(value, str | bytes) or np.ndim(value) != 0:
+        raise ValueError(f"reward {name!r} returned {value!r} for image {index}; return a number")
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"reward {name!r} returned {value!r} for image {index}; return a number") from None
+    if np.isinf(score):
+        raise ValueError(
+            f"reward {name!r} returned {score} for image {index}; return a finite number, or NaN for no score"
+        )
+    return score
+
+
+def _as_metadata(value: Any, name: str) -> Metadata:
+    """One row's metadata, which Arrow tables carry as a JSON string."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"reward {name!r} got metadata {value!r}, which is no JSON ({error})") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"reward {name!r} got metadata {value!r}; give a JSON object or a dict")
+    return value
+
+
+def _as_cell(value: Any) -> Any:
+    """A table cell: trackers want scalars and strings, so a list of reasons becomes one line."""
+    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,241 @@
+"""What a run leaves behind: ``run.json``, ``metrics.jsonl``, ``samples/``, and the callbacks that write them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.trainer_callback import ProgressCallback
+
+MAX_SAMPLES = 32
+"""Images of one saved grid."""
+
+_PACKAGES = ("stage-grpo", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "pillow")
+
+
+@dataclass
+class StepSamples:
+    """Images of one rollout on this process, with what became of them.
+
+    Attributes:
+        prompts: One an image, groups contiguous.
+        images: RGB.
+        rewards: Total rewards; NaN where none could score.
+        advantages: Mean over the image's tokens of what the loss uses.
+        grid: Rows and columns of image tokens.
+        weights: Advantage weights M of each image's tokens, row by row, if advantages are reweighted.
+        num_generations: Images of one prompt.
+    """
+
+    prompts: list[str]
+    images: list[Image.Image]
+    rewards: list[float]
+    advantages: list[float]
+    grid: tuple[int, int]
+    weights: list[list[float]] | None
+    num_generations: int
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def source_commit() -> str | None:
+    """Commit of the source tree, if the package runs from one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process in MB: of the GPU where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident / 1e6 if sys.platform == "darwin" else resident * 1024 / 1e6
+
+
+def image_grid(images: list[Image.Image], columns: int) -> Image.Image:
+    """Put equal-sized images side by side, row by row, at their own size."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def labelled_grid(samples: StepSamples) -> Image.Image:
+    """Draw each group as a row under its prompt, with every image's reward below it."""
+    columns, tile, line = samples.num_generations, max(96, samples.images[0].width), 18
+    font = ImageFont.load_default(size=12)
+    num_rows = -(-len(samples.images) // columns)
+    sheet = Image.new("RGB", (columns * (tile + 6) + 6, num_rows * (tile + 2 * line + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(samples.images):
+        x, y = 6 + i % columns * (tile + 6), i // columns * (tile + 2 * line + 8)
+        if i % columns == 0:
+            draw.text((x, y + 3), samples.prompts[i], fill="black", font=font)
+        sheet.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (x, y + line))
+        draw.text((x, y + line + tile + 2), f"{samples.rewards[i]:.3f}", fill="dimgray", font=font)
+    return sheet
+
+
+class RunFolder:
+    """The output folder of a run. Nothing is created before the first write."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.samples: StepSamples | None = None
+
+    def write_run(self, config: dict[str, Any], seed: int) -> None:
+        """Write ``run.json``: resolved config, versions, seed and the commit of the source, if any."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        run = {"config": config, "seed": seed, "versions": package_versions(), "commit": source_commit()}
+        write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
+
+    def start_metrics(self, step: int) -> None:
+        """Begin ``metrics.jsonl``; when a run resumes at a step, rows beyond it are dropped."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / "metrics.jsonl"
+        rows = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        kept = [row for row in rows if _step_of(row) <= step]
+        write_atomically(path, "".join(f"{row}\n" for row in kept))
+
+    def append_metrics(self, step: int, logs: dict[str, Any]) -> None:
+        """Append one row to ``metrics.jsonl``; numbers that are not finite become null."""
+        row = {"step": step, **{name: _finite(value) for name, value in logs.items()}}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save_samples(self, step: int) -> Image.Image | None:
+        """Save the last rollout's first groups as ``samples/step_*.png``, labelled twin and ``.json``.
+
+        Returns:
+            The labelled grid, for trackers; None before the first rollout.
+        """
+        samples = self.samples
+        if samples is None:
+            return None
+        groups = max(1, min(MAX_SAMPLES, len(samples.images)) // samples.num_generations)
+        kept = slice(0, groups * samples.num_generations)
+        samples = StepSamples(
+            samples.prompts[kept],
+            samples.images[kept],
+            samples.rewards[kept],
+            samples.advantages[kept],
+            samples.grid,
+            samples.weights[kept] if samples.weights else None,
+            samples.num_generations,
+        )
+        folder = self.path / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"step_{step:06d}"
+        image_grid(samples.images, samples.num_generations).save(folder / f"{stem}.png")
+        labelled = labelled_grid(samples)
+        labelled.save(folder / f"{stem}_labelled.png")
+        record = {
+            "step": step,
+            "columns": samples.num_generations,
+            "tile": samples.images[0].width,
+            "grid": list(samples.grid),
+            "prompts": samples.prompts,
+            "rewards": [_finite(value) for value in samples.rewards],
+            "advantages": samples.advantages,
+            "weights": samples.weights,
+        }
+        write_atomically(folder / f"{stem}.json", json.dumps(record))
+        return labelled
+
+
+class RunFolderCallback(TrainerCallback):
+    """Fills the run folder while TRL trains, and shows sample grids to the trackers of ``report_to``."""
+
+    def __init__(self, folder: RunFolder, config: Any, trackers: Any):
+        self.folder = folder
+        self.config = config
+        self.trackers = trackers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write ``run.json`` and open ``metrics.jsonl``."""
+        if state.is_world_process_zero:
+            self.folder.write_run(self.config.to_json(), args.seed)
+            self.folder.start_metrics(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Append the row that goes to all trackers."""
+        if state.is_world_process_zero:
+            self.folder.append_metrics(state.global_step, logs or {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save a grid at the first step and every ``sample_steps`` steps."""
+        every = self.config.sample_steps
+        if state.is_world_process_zero and every and (state.global_step == 1 or state.global_step % every == 0):
+            grid = self.folder.save_samples(state.global_step)
+            if grid is not None:
+                publish_image(self.trackers.callbacks, "samples", grid, state.global_step)
+
+
+def publish_image(callbacks: list[Any], name: str, image: Image.Image, step: int) -> None:
+    """Send an image to the trackers among a trainer's callbacks (TensorBoard and wandb)."""
+    for callback in callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if isinstance(callback, TensorBoardCallback) and writer is not None:
+            writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        if isinstance(callback, WandbCallback):
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({name: wandb.Image(image), "train/global_step": step})
+
+
+class StepProgress(ProgressCallback):
+    """The progress bar of transformers, with the numbers to watch beside it instead of every metric printed."""
+
+    SHOWN = ("reward", "kl", "entropy/gap", "seconds/rollout", "seconds/update")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show a few numbers at the end of the bar."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {name: logs[name] for name in self.SHOWN if (logs or {}).get(name) is not None}
+            if shown:
+                self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+
+
+def _step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # a row torn by a crash is dropped
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,293 @@
+"""STAGE on TRL's GRPO trainer.
+
+What is *unchanged* from :class:`trl.GRPOTrainer`: sampling order, buffering over several iterations, group advantages,
+every loss type and ratio, clipping, entropy masks, PEFT, reference sync, optimisation, evaluation, checkpoints. What
+is added: images instead of text (the rollout), the entropy reward, a weight per token on advantages and on the KL,
+images and timings in the logs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from stage_grpo import objective
+from stage_grpo.config import StageConfig
+from stage_grpo.entropy import entropy_loss, entropy_reward
+from stage_grpo.policy.loading import load_tokenizer
+from stage_grpo.rewards.base import Reward, RewardFunction, as_trl_reward
+from stage_grpo.run_folder import RunFolder, RunFolderCallback, StepProgress, StepSamples, peak_memory_mb
+from stage_grpo.token_weights import token_weights, unique_share
+from stage_grpo.trl_seams import (
+    check_policy,
+    complete_args,
+    entropy_placeholder,
+    image_policy,
+    reference_of,
+    sample_images,
+)
+
+
+class StageTrainer(GRPOTrainer):
+    """GRPO for autoregressive image models, with STAGE's entropy reward and token weights.
+
+    Args:
+        model: An image policy, e.g. ``JanusPolicy.from_pretrained(...)``.
+        rewards: One reward or several: :class:`~stage_grpo.rewards.base.Reward` objects or plain functions
+            ``f(images, prompts, metadata)``.
+        args: The configuration.
+        train_dataset: Columns ``prompt`` and optionally ``metadata`` (JSON text), see ``stage_grpo.data``.
+        eval_dataset: The same, for evaluation during training.
+        processing_class: Tokenizer; by default the checkpoint's own.
+        callbacks: Further callbacks.
+        optimizers: As in ``transformers.Trainer``.
+        peft_config: Train adapters instead of the model; the reference is then the model without them.
+
+    Raises:
+        ValueError: If the policy does not fit the configuration, or cannot be loaded again as reference.
+    """
+
+    _tag_names = ("stage-grpo", "grpo")
+    args: Any  # a StageConfig: TRL's own annotations would hide its fields
+    model: Any
+
+    def __init__(
+        self,
+        model: Any,
+        rewards: Reward | RewardFunction | Sequence[Reward | RewardFunction],
+        args: StageConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        policy = image_policy(model)
+        check_policy(policy, args)
+        rewards = list(rewards) if isinstance(rewards, Sequence) else [rewards]
+        functions: list[Any] = [as_trl_reward(reward) for reward in rewards]
+        complete = complete_args(args, policy, len(functions))
+        if args.entropy_reward_weight:
+            functions.append(entropy_placeholder)
+        roll_out: Any = sample_images
+        self._rollouts: dict[str, tuple[int, int]] = {}
+        self._generation_seconds = self._update_seconds = 0.0
+        self._scored: tuple[Tensor, Tensor] | None = None
+        self._total_rewards: Tensor = torch.empty(0)
+        with reference_of(policy):
+            super().__init__(
+                model=model,
+                reward_funcs=functions,
+                args=complete,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class or load_tokenizer(policy),
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                rollout_func=roll_out,
+            )
+        self._prepare_scoring()
+        self.run_folder = RunFolder(str(args.output_dir))
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(RunFolderCallback(self.run_folder, args, self.callback_handler))
+        if not args.disable_tqdm:
+            self.add_callback(StepProgress())
+
+    def _prepare_scoring(self) -> None:
+        """Score in float32, with entropies, the guided distribution where asked; the reference likewise."""
+        guidance = self.args.guidance_scale if self.args.guidance_in_scoring else None
+        for model in (self.model, self.ref_model):
+            if model is None:
+                continue
+            policy = image_policy(self.accelerator.unwrap_model(model))
+            policy.scoring_guidance = None if guidance == 1 else guidance
+            add_fused_lm_head(
+                policy, temperature=self.temperature, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy")
+            )
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a phase to the metric ``seconds/<phase>``."""
+        start = time.perf_counter()
+        yield
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][f"seconds/{phase}"].append(time.perf_counter() - start)
+
+    def rollout_keys(self, num_images: int) -> list[tuple[int, ...]]:
+        """Name the random stream of each image this process samples next.
+
+        Streams depend on the seed, the step and the image's place in the whole batch, not on how the batch is split
+        over processes. Evaluations all use the same streams, so that they compare.
+        """
+        training = self.model.training
+        step = self.state.global_step if training else 0
+        last_step, count = self._rollouts.get("train" if training else "eval", (step, 0))
+        count = count if last_step == step else 0
+        self._rollouts = {"train" if training else "eval": (step, count + 1)}
+        first = self.accelerator.process_index * num_images
+        return [(self.args.seed, int(training), step, count, first + i) for i in range(num_images)]
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, compute_entropy: bool = False, **kwargs: Any) -> Any:
+        # Entropies cost nothing beside the log-probabilities; the last scoring is kept, because TRL hands neither the
+        # reference's entropies nor the policy's log-probabilities to where STAGE needs them.
+        timer = nullcontext() if torch.is_grad_enabled() else self.timed("reference")
+        with timer:
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                *args, compute_entropy=True, **kwargs
+            )
+        self._scored = (logps, entropies)
+        return logps, entropies if compute_entropy else None, aux_loss
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        with self.timed("reward"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._log("reward_failures", rewards.isnan().any(dim=1).sum())
+        policy_entropy = self._gather(torch.tensor([row["policy_entropy"] for row in inputs], device=rewards.device))
+        self._log("entropy/policy", policy_entropy)
+        if self.beta != 0 and self._scored is not None:
+            ref_entropy = self._gather(self._scored[1].mean(dim=1))
+            self._log("entropy/reference", ref_entropy)
+            self._log("entropy/gap", (ref_entropy - policy_entropy).abs())
+            if self.args.entropy_reward_weight:
+                rewards[:, -1] = self._entropy_rewards(rewards[:, :-1], policy_entropy, ref_entropy)
+                self._log("entropy_reward", rewards[:, -1])
+        self._total_rewards = _weighted_sum(rewards, self.reward_weights)
+        return rewards
+
+    def _entropy_rewards(self, rewards: Tensor, policy_entropy: Tensor, ref_entropy: Tensor) -> Tensor:
+        """STAGE's bonus for all N samples, NaN where no reward could score one."""
+        total = _weighted_sum(rewards, self.reward_weights[:-1])
+        bonus = entropy_reward(
+            total,
+            policy_entropy,
+            ref_entropy,
+            self._group_size,
+            scope=self.args.entropy_reward_scope,
+            center=self.args.entropy_reward_center,
+        )
+        return bonus.masked_fill(total.isnan(), torch.nan)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        start = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        scored, self._scored = self._scored, None
+        if self.args.entropy_loss_weight and scored is not None:
+            output["ref_entropy"] = scored[1].mean(dim=1)
+        weights = self._token_weights(output["completion_ids"], output["advantages"])
+        output.update(weights)
+        elapsed = time.perf_counter() - start
+        self._generation_seconds += elapsed
+        num_images = len(inputs) * self.accelerator.num_processes
+        self._log("images_per_second", torch.tensor(num_images / elapsed))
+        self._keep_samples(inputs, weights)
+        return output
+
+    def _token_weights(self, codes: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+        """Weights of this process's tokens; groups may be split over processes, so codes are gathered first."""
+        policy = image_policy(self.accelerator.unwrap_model(self.model))
+        all_codes = self._gather(codes)
+        weights = token_weights(
+            policy.code_vectors(all_codes), self._gather(advantages), self._total_rewards, self._group_size, self.args
+        )
+        self._log("unique_images", unique_share(all_codes, self._group_size))
+        for name, values in weights.items():
+            if name != "advantages":
+                self._log(f"{name}/mean", values)
+                self._log(f"{name}/std", values.std())
+        if "advantage_weights" in weights:
+            self._log("advantage_weights/min", weights["advantage_weights"].min())
+            self._log("advantage_weights/max", weights["advantage_weights"].max())
+        first = self.accelerator.process_index * len(codes)
+        return {name: values[first : first + len(codes)] for name, values in weights.items()}
+
+    def _keep_samples(self, inputs: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
+        """Hand the step's images to the run folder, which saves them every ``sample_steps`` steps."""
+        first = self.accelerator.process_index * len(inputs)
+        self.run_folder.samples = StepSamples(
+            prompts=[row["prompt"] for row in inputs],
+            images=[row["generated_images"] for row in inputs],
+            rewards=self._total_rewards[first : first + len(inputs)].tolist(),
+            advantages=weights["advantages"].float().reshape(len(inputs), -1).mean(dim=1).tolist(),
+            grid=image_policy(self.accelerator.unwrap_model(self.model)).grid,
+            weights=weights["advantage_weights"].tolist() if "advantage_weights" in weights else None,
+            num_generations=self._group_size,
+        )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        assert self._scored is not None, "TRL no longer scores in _compute_loss: see tests/test_trl_seams.py"
+        (logps, entropies), self._scored = self._scored, None
+        if "kl_weights" in inputs and self.beta != 0:
+            per_token_kl = objective.kl_k3(logps, inputs["ref_per_token_logps"])
+            weighted = inputs["kl_weights"] * per_token_kl
+            self._log("kl_weighted", self._gather(weighted.detach().mean(dim=1)))
+            change = weighted - per_token_kl  # TRL's loss already holds the unweighted KL
+            if self.args.use_bias_correction_kl:
+                change = change * self._ratio(logps, inputs.get("old_per_token_logps"))
+            loss = loss + self.beta * self._mean(change)
+        if "ref_entropy" in inputs:
+            gap = entropy_loss(entropies.mean(dim=1), inputs["ref_entropy"])
+            self._log("entropy_loss", gap.detach())
+            loss = loss + self.args.entropy_loss_weight * gap / self._accumulation
+        return loss
+
+    def _ratio(self, logps: Tensor, old_logps: Tensor | None) -> Tensor:
+        log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
+        if self.importance_sampling_level == "sequence":
+            log_ratio = log_ratio.mean(dim=1, keepdim=True)
+        return log_ratio.exp()
+
+    def _mean(self, per_token: Tensor) -> Tensor:
+        """Reduce (B, T) as TRL's loss types do: with images of equal length all but one are the mean."""
+        scale = per_token.shape[1] if self.loss_type == "luspo" else 1
+        return scale * per_token.mean() / self._accumulation
+
+    @property
+    def _accumulation(self) -> int:
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    @property
+    def _group_size(self) -> int:
+        size: Any = self.num_generations if self.model.training else self.num_generations_eval
+        return size
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Join the processes' parts along the first dimension."""
+        gathered: Any = self.accelerator.gather(tensor)
+        return gathered
+
+    def _log(self, name: str, value: Tensor) -> None:
+        """Add the mean of a tensor to a metric, leaving NaN out."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(value.float().nanmean().item())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take TRL's training step and time the part of it that is not generation."""
+        start, self._generation_seconds = time.perf_counter(), 0.0
+        loss = super().training_step(*args, **kwargs)
+        self._update_seconds += time.perf_counter() - start - self._generation_seconds
+        if self.accelerator.sync_gradients:
+            self._metrics["train"]["seconds/update"].append(self._update_seconds)
+            self._metrics["train"]["memory/peak_mb"].append(peak_memory_mb())
+            self._update_seconds = 0.0
+        return loss
+
+
+def _weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Total reward of each sample; rewards that could not score it are left out, NaN where none could."""
+    unscored = rewards.isnan().all(dim=1)
+    return (rewards * weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)
