@@ -122,6 +122,8 @@ def test_a_missing_category_is_a_dash(images_dir: Path) -> None:
     assert "b" not in result.scores["strict"]
     row = next(line for line in scores.format_table(result).splitlines() if line.startswith("b "))
     assert row.split() == ["b", "-", "-", "0"]
+    # The mean of what is there would pass for the benchmark's overall score.
+    assert result.overall is None and result.reward is None and "overall" not in scores.compare(result, result)
 
 
 def test_clean_renders_of_the_shapes_world_are_right(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ _STYLE: dict[Any, Any] = {
     "text.color": _INK,
 }
 
-Series = tuple[Sequence[float], Sequence[float]]
+Number = int | float
+Series = tuple[Sequence[Number], Sequence[Number]]
 
 
 def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str] = ()) -> str:
@@ -60,12 +61,22 @@ def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str]
         _tidy(axes)
         axes.set_xlabel("step")
         if len(series) > 1:
-            axes.legend(frameon=False, fontsize=8, loc="best")
+            # Above the plot, where no line can run through it.
+            axes.legend(
+                frameon=False,
+                fontsize=8,
+                loc="lower left",
+                bbox_to_anchor=(-0.02, 1.0),
+                ncols=3,
+                borderpad=0.0,
+                handlelength=1.4,
+                columnspacing=1.2,
+            )
         return _svg(figure)
 
 
 def interval_chart(
-    rows: Sequence[str], sides: Mapping[str, Sequence[tuple[float, float, float]]], *, salt: str
+    rows: Sequence[str], sides: Mapping[str, Sequence[tuple[Number, Number, Number]]], *, salt: str
 ) -> str:
     """Scores with intervals, one row a category, one colour a side.
 
@@ -78,7 +89,7 @@ def interval_chart(
         An ``<svg>`` element.
     """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        figure = Figure(figsize=(5.2, 0.36 * len(rows) + 0.8), layout="constrained")
+        figure = Figure(figsize=(3.7, 0.33 * len(rows) + 0.8), layout="constrained")
         axes = figure.subplots()
         colors = (GREY, BLUE)
         shifts = np.linspace(-0.14, 0.14, len(sides))
@@ -97,7 +108,7 @@ def interval_chart(
         return _svg(figure)
 
 
-def moving_average(values: Sequence[float], window: int) -> Float[np.ndarray, " N"]:
+def moving_average(values: Sequence[Number], window: int) -> Float[np.ndarray, " N"]:
     """Centred moving average; near the ends over the values that exist.
 
     Args:
@@ -127,7 +138,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def weight_overlay(
-    image: Image.Image, weights: Sequence[float], grid: tuple[int, int], scale: tuple[float, float]
+    image: Image.Image, weights: Sequence[Number], grid: tuple[int, int], scale: tuple[float, float]
 ) -> Image.Image:
     """Draw the weight of each token over its place in the image.
 

@@ -7,12 +7,14 @@ values: each can be overridden alone, so every ablation is one value away.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
-from trl import GRPOConfig
+import yaml
+from trl import GRPOConfig, TrlParser
 
 from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.rewards.registry import build_reward
@@ -144,6 +146,8 @@ class StageConfig(GRPOConfig):
         self._resolve_preset()
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.fp16
+        # Pinned memory exists for GPUs alone; elsewhere torch only warns.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self._check_groups()
         super().__post_init__()
         self._check_values()
@@ -221,3 +225,38 @@ class StageConfig(GRPOConfig):
     def to_json(self) -> dict[str, Any]:
         """The resolved values as plain JSON data, for the run folder."""
         return json.loads(self.to_json_string())
+
+
+class OneLineParser(TrlParser):
+    """TRL's parser of YAML files and flags, reporting an error as ``ValueError`` instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(message)
+
+
+def parse_config(program: str, words: Sequence[str]) -> StageConfig:
+    """Read a configuration from ``[FILE.yaml] [--key value ...]``.
+
+    Args:
+        program: Name of the command, for its help.
+        words: Command-line words; a first word that is no flag is the YAML file.
+
+    Raises:
+        ValueError: If the file cannot be read or is not a YAML mapping, a key is unknown, or a value is wrong.
+    """
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        words[:1] = ["--config", words[0]]
+    parser = OneLineParser(StageConfig, prog=program, usage="%(prog)s [CONFIG.yaml] [--KEY VALUE ...]")
+    try:
+        (config,) = parser.parse_args_and_config(words)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{words[1]} is not valid YAML: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"a value has the wrong type: {error}") from error
+    return config

@@ -97,21 +97,24 @@ def _read_jsonl(path: Path, text: str) -> Iterator[PromptRow]:
 
 def _read_csv(path: Path, text: str) -> Iterator[PromptRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    start = 1  # first line of the record: a quoted prompt may go over several
     try:
         columns = [name for name in reader.fieldnames or [] if name.strip().lower() in _CSV_COLUMNS]
         if not columns:
             raise ValueError(
                 f"{path}, line 1: no column 'prompt' or 'Prompts' among {list(reader.fieldnames or [])}; name one"
             )
+        start = reader.reader.line_num + 1
         for record in reader:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {start}"
             prompt = _checked_prompt(where, record.pop(columns[0]), f"the column {columns[0]!r}")
             # None is csv's key for values beyond the header.
             if None in record:
                 raise ValueError(f"{where}: more values than the header has columns; put the prompt in quotes")
             yield PromptRow(prompt, dict(record))
+            start = reader.reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: broken CSV ({error}); check the quotes") from error
+        raise ValueError(f"{path}, line {start}: broken CSV ({error}); check the quotes") from error
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

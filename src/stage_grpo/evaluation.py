@@ -106,11 +106,12 @@ def _score_images(reward: Reward, folders: list[PromptFolder], batch_size: int) 
 def _summarise(
     benchmark: Benchmark, per_image: list[dict[str, Any]], measure: str, num_resamples: int, seed: int
 ) -> dict[str, Estimate]:
-    """The lines of the table for which there are images."""
+    """The lines of the table, but those that lack images of one of their columns."""
     table = {}
     for name, columns in selections(benchmark).items():
         chosen = [record for record in per_image if record["tag"] in columns]
-        if chosen:
+        # The mean of some categories only would pass for the benchmark's own overall score.
+        if {record["tag"] for record in chosen} == set(columns):
             tags, clusters = ([record[key] for record in chosen] for key in ("tag", "folder"))
             table[name] = bootstrap_mean(
                 measured(chosen, measure), tags, clusters, num_resamples=num_resamples, seed=seed

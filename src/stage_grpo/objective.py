@@ -83,9 +83,7 @@ def group_std(rewards: Float[Tensor, " N"], num_generations: int) -> Float[Tenso
     return std.expand_as(grouped).reshape(-1)
 
 
-def group_advantages(
-    rewards: Float[Tensor, " N"], num_generations: int, min_std: float = 0.0
-) -> Float[Tensor, " N"]:
+def group_advantages(rewards: Float[Tensor, " N"], num_generations: int, min_std: float = 0.0) -> Float[Tensor, " N"]:
     """Advantages relative to the group: ``A = (r - mean_G) / (std_G + 1e-4)``.
 
     Args:
@@ -103,16 +101,14 @@ def group_advantages(
         ValueError: N is not divisible by ``num_generations``, a reward is infinite, or ``min_std`` is not at
             least 0.
 
-    Source: arXiv:2402.03300 (GRPO), section 4.1; arXiv:2509.25027 Eq. 2.
+    Source: arXiv:2402.03300 (GRPO), section 4.1.
     """
     if not min_std >= 0.0:
         raise ValueError(f"min_std is {min_std}; it must be 0 or more (0 switches the guard off).")
     rewards = full_precision(rewards)
     if rewards.isinf().any():
         where = rewards.isinf().nonzero().flatten().tolist()
-        raise ValueError(
-            f"rewards {where[:8]} are infinite; clip the reward, or return NaN for 'not scored'."
-        )
+        raise ValueError(f"rewards {where[:8]} are infinite; clip the reward, or return NaN for 'not scored'.")
     grouped = rewards.reshape(num_groups(rewards.shape[0], num_generations), num_generations)
     std = group_std(rewards, num_generations)
     mean = grouped.nanmean(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
@@ -165,7 +161,7 @@ def clipped_surrogate(
     Raises:
         ValueError: A clip bound is out of range.
 
-    Source: arXiv:2509.25027 Eq. 3, 4; two-sided clip as arXiv:2503.14476 (DAPO), Eq. 10.
+    Source: arXiv:2509.25027 Eq. 3, 4; separate bounds as arXiv:2503.14476 (DAPO), clip-higher.
     """
     if not 0.0 <= epsilon_low <= 1.0:
         raise ValueError(f"epsilon_low is {epsilon_low}; the ratio is positive, so it must lie in [0, 1].")

@@ -6,7 +6,7 @@ Reads what is on disk (run folder, scores, images) and never loads a policy.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from stage_grpo import charts
+from stage_grpo import before_after, charts
 from stage_grpo.benchmarks import get_benchmark
-from stage_grpo.image_folders import load_image
 from stage_grpo.run_record import RunRecord, Samples, read_run
-from stage_grpo.scores import GRADED, OVERALL, STRICT, Scores, compare, label, selections
+from stage_grpo.scores import GRADED, STRICT, Scores
 
 _MAX_GROUP_IMAGES = 8
 
@@ -82,7 +81,7 @@ def write_demo_report(
     run_dir: str | Path,
     before_images: str | Path,
     after_images: str | Path,
-    seconds: float | Mapping[str, float],
+    seconds: int | float | Mapping[str, int | float],
     *,
     title: str = "STAGE on the shapes world",
     pairs_per_category: int = 3,
@@ -110,10 +109,10 @@ def write_demo_report(
     phases = dict(seconds) if isinstance(seconds, Mapping) else {"in all": float(seconds)}
     context = _run_context(run) | {
         "title": title,
-        "headline": _headline(before, after, run, sum(phases.values())),
-        "tables": [_comparison_table(before, after, m) for m in (STRICT, GRADED) if m in before.scores],
-        "dots": Markup(_dots(before, after)),
-        "pairs": _pairs(before, after, Path(before_images), Path(after_images), pairs_per_category),
+        "headline": before_after.headline(before, after, run, sum(phases.values())),
+        "tables": [before_after.comparison_table(before, after, m) for m in (STRICT, GRADED) if m in before.scores],
+        "dots": Markup(before_after.dots(before, after)),
+        "pairs": before_after.pairs(before, after, Path(before_images), Path(after_images), pairs_per_category),
         "phases": phases,
         "evaluation": {"benchmark": get_benchmark(before.benchmark).title, **after.settings},
     }
@@ -137,7 +136,7 @@ def write_run_report(run_dir: str | Path, path: str | Path | None = None) -> Pat
     if not (run.metrics or run.config or run.sample_steps):
         raise ValueError(f"{run.path} holds no run.json, metrics.jsonl or samples; give a training run's folder.")
     context = _run_context(run) | {
-        "title": f"Run {run.path.resolve().name}",
+        "title": f"Training run {run.path.resolve().name}",
         "headline": _run_headline(run),
         "tables": [],
         "dots": None,
@@ -187,114 +186,20 @@ def _charts(run: RunRecord) -> list[dict[str, Any]]:
     return shown
 
 
-def _headline(before: Scores, after: Scores, run: RunRecord, seconds: float) -> list[dict[str, str]]:
-    cards = []
-    for measure, name in ((STRICT, "strict score, overall"), (GRADED, "graded score, overall")):
-        if measure not in before.scores:
-            continue
-        gain = compare(before, after, measure)[OVERALL]
-        cards.append(
-            {
-                "value": f"{before.scores[measure][OVERALL]:.3f} → {after.scores[measure][OVERALL]:.3f}",
-                "name": name,
-                "detail": f"{gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}, paired",
-            }
-        )
-    if before.diversity is not None and after.diversity is not None:
-        cards.append(
-            {
-                "value": f"{before.diversity:.0%} → {after.diversity:.0%}",
-                "name": "different images of one prompt",
-                "detail": "a fall means that the policy repeats itself",
-            }
-        )
-    detail = f"{run.num_steps} training steps, {after.num_images} images scored on each side"
-    return [*cards, {"value": _duration(seconds), "name": "in all", "detail": detail}]
-
-
 def _run_headline(run: RunRecord) -> list[dict[str, str]]:
     steps, rewards = run.series("reward")
-    cards = [{"value": str(run.num_steps), "name": "steps", "detail": str(run.path)}]
+    cards = [{"value": str(run.num_steps), "name": "steps", "detail": f"seed {run.about.get('seed', '-')}"}]
     if steps:
         tenth = max(1, len(rewards) // 10)
         first, last = np.mean(rewards[:tenth]), np.mean(rewards[-tenth:])
         detail = f"mean of the first and of the last {tenth} logged steps"
         cards.append({"value": f"{first:.3f} → {last:.3f}", "name": "reward", "detail": detail})
-    seconds = sum(run.series("seconds/step")[1])
+    seconds = sum(run.series("seconds/step")[1]) or sum(run.series("step_time")[1])
     if seconds:
-        cards.append({"value": _duration(seconds), "name": "in training steps", "detail": "sum of the logged steps"})
-    return cards
-
-
-def _comparison_table(before: Scores, after: Scores, measure: str) -> dict[str, Any]:
-    rows = []
-    differences = compare(before, after, measure)
-    for name, columns in selections(get_benchmark(before.benchmark)).items():
-        if name not in differences:
-            continue
-        change = differences[name]
-        rows.append(
-            {
-                "name": label(name),
-                "total": len(columns) > 1,
-                "num_images": sum(record["tag"] in columns for record in before.per_image),
-                "before": _cell(before, measure, name),
-                "after": _cell(after, measure, name),
-                "change": f"{change.value:+.3f}",
-                "interval": f"{change.low:+.3f} to {change.high:+.3f}",
-                "trend": "up" if change.low > 0 else "down" if change.high < 0 else "flat",
-                "p_value": "< 0.001" if change.p_value < 0.001 else f"{change.p_value:.3f}",
-            }
+        cards.append(
+            {"value": before_after.duration(seconds), "name": "in training steps", "detail": "sum of the logged steps"}
         )
-    return {"measure": measure, "rows": rows}
-
-
-def _cell(scores: Scores, measure: str, name: str) -> dict[str, str]:
-    value, (low, high) = scores.scores[measure][name], scores.ci95[measure][name]
-    if value is None or low is None or high is None:
-        return {"value": "-", "interval": ""}
-    return {"value": f"{value:.3f}", "interval": f"{low:.2f} to {high:.2f}"}
-
-
-def _dots(before: Scores, after: Scores) -> str:
-    measure = STRICT if STRICT in before.scores else GRADED
-    names = [n for n in selections(get_benchmark(before.benchmark)) if n in before.scores[measure]]
-    sides = {}
-    for side, scores in (("before", before), ("after", after)):
-        points = [[scores.scores[measure][n], *scores.ci95[measure][n]] for n in names]
-        sides[side] = [tuple(float("nan") if x is None else x for x in point) for point in points]
-    return charts.interval_chart([label(n) for n in names], sides, salt="dots")
-
-
-def _pairs(
-    before: Scores, after: Scores, before_images: Path, after_images: Path, per_category: int
-) -> list[dict[str, Any]]:
-    """For each category, evenly spaced images of both sides with their verdicts."""
-    groups = []
-    for column in before.columns:
-        members = [i for i, record in enumerate(before.per_image) if record["tag"] == column]
-        if not members:
-            continue
-        places = np.linspace(0, len(members) - 1, min(per_category, len(members))).round().astype(int)
-        pairs = []
-        for i in (members[place] for place in places):
-            sides = [
-                _verdict(scores.per_image[i], folder)
-                for scores, folder in ((before, before_images), (after, after_images))
-            ]
-            pairs.append({"prompt": before.per_image[i]["prompt"], "sides": sides})
-        groups.append({"name": label(column), "pairs": pairs})
-    return groups
-
-
-def _verdict(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    image = load_image(folder / record["folder"] / "samples" / record["file"])
-    return {
-        "uri": charts.data_uri(image),
-        "correct": None if record.get(STRICT) is None else record[STRICT] == 1.0,
-        "score": "not scored" if record[GRADED] is None else f"{record[GRADED]:.2f}",
-        "reasons": record["reasons"],
-    }
+    return cards
 
 
 def _weights(run: RunRecord) -> dict[str, Any] | None:
@@ -315,7 +220,7 @@ def _weights(run: RunRecord) -> dict[str, Any] | None:
                 ),
                 "reward": _number(samples.rewards[i]),
                 "advantage": _number(samples.advantages[i], signed=True),
-                "trend": "flat" if not samples.advantages[i] else "up" if samples.advantages[i] > 0 else "down",
+                "trend": _trend(samples.advantages[i]),
             }
             for i in group
         ]
@@ -344,7 +249,9 @@ def _progress(run: RunRecord) -> list[dict[str, Any]]:
             continue
         for start in range(0, len(samples.images), samples.columns)[:2]:
             members = range(start, min(start + samples.columns, len(samples.images)))[:_MAX_GROUP_IMAGES]
-            images = [{"uri": charts.data_uri(samples.images[i]), "reward": _number(samples.rewards[i])} for i in members]
+            images = [
+                {"uri": charts.data_uri(samples.images[i]), "reward": _number(samples.rewards[i])} for i in members
+            ]
             rows.append({"step": step, "prompt": samples.prompts[start], "images": images})
     return rows
 
@@ -355,14 +262,12 @@ def _number(value: float | None, signed: bool = False) -> str:
     return f"{value:+.2f}" if signed else f"{value:.2f}"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+def _trend(value: float | None) -> str:
+    if not value:
+        return "flat"
+    return "up" if value > 0 else "down"
 
 
 def _plain(value: Any) -> str:
     """A configuration value in one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-__all__: Sequence[str] = ("CHARTS", "ChartLine", "write_demo_report", "write_run_report")

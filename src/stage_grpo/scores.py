@@ -30,7 +30,8 @@ class Scores:
         columns: Categories in the order of the table.
         scores: Measure ("strict": share of images right by the benchmark's own rule; "graded": the reward, in the
             reward's unit) to column, "overall" (mean of the category means) or "heldout" (the same without the
-            categories that share prompts with training) to score.
+            categories that share prompts with training) to score. A line is absent if one of its categories has no
+            image.
         ci95: The same keys, to the 95 % bootstrap interval [low, high].
         num_images: Images scored.
         num_unscored: Images that the reward could not score; left out of every mean.
@@ -56,13 +57,13 @@ class Scores:
 
     @property
     def overall(self) -> float | None:
-        """The benchmark's own overall score in [0, 1]: strict where the reward has such a rule, else graded."""
-        return self.scores[STRICT if STRICT in self.scores else GRADED][OVERALL]
+        """The overall score: strict where the reward has such a rule, else graded; None if a category is missing."""
+        return self.scores[STRICT if STRICT in self.scores else GRADED].get(OVERALL)
 
     @property
     def reward(self) -> float | None:
-        """The overall graded score: the mean of the category means of the reward."""
-        return self.scores[GRADED][OVERALL]
+        """The overall graded score: the mean of the category means of the reward; None if a category is missing."""
+        return self.scores[GRADED].get(OVERALL)
 
     def save(self, path: Path) -> None:
         """Write the scores as JSON.
@@ -108,7 +109,8 @@ def compare(
         seed: Seed of the bootstrap.
 
     Returns:
-        Column, "overall" or "heldout" to the difference with its 95 % interval and p-value.
+        Column, "overall" or "heldout" to the difference with its 95 % interval and p-value; lines that lack images of
+        one of their categories are left out.
 
     Raises:
         ValueError: The two do not hold the same prompts and files, or lack the measure.
@@ -124,7 +126,7 @@ def compare(
     differences = {}
     for name, columns in selections(get_benchmark(before.benchmark)).items():
         chosen = [i for i, record in enumerate(before.per_image) if record["tag"] in columns]
-        if not chosen:
+        if {before.per_image[i]["tag"] for i in chosen} != set(columns):
             continue
         left, right = (measured([side.per_image[i] for i in chosen], measure) for side in (before, after))
         tags, clusters = ([before.per_image[i][key] for i in chosen] for key in ("tag", "folder"))

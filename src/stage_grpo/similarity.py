@@ -113,19 +113,17 @@ def kl_weights(
         Weights; with the defaults in [0.5, 1].
 
     Raises:
-        ValueError: Unknown ``form``, ``clip`` not increasing, or a weight could become negative.
+        ValueError: Unknown ``form``, ``clip`` out of order, or a weight could become negative.
 
     Source: arXiv:2509.25027, section 3.2, the equation of beta'.
     """
     _check_name("form", form, get_args(KLWeightForm))
     low, high = clip
-    if not low < high:
-        raise ValueError(f"clip is {clip}; the lower bound must be below the upper one, e.g. (0.0, 1.0).")
+    if not low <= high:
+        raise ValueError(f"clip is {clip}; the lower bound must not lie above the upper one, e.g. (0.0, 1.0).")
     span = (low, high) if form == "clipped" else (0.0, 1.0)
     if min(a + b * span[0], a + b * span[1]) < 0.0:
-        raise ValueError(
-            f"a={a}, b={b} give KL weights down to {min(a + b * x for x in span)}; keep them >= 0."
-        )
+        raise ValueError(f"a={a}, b={b} give KL weights down to {min(a + b * x for x in span)}; keep them >= 0.")
     similarity = full_precision(similarity)
     if form == "graded":
         return a + b * (similarity + 1.0) / 2.0

@@ -9,6 +9,7 @@ images and timings in the logs.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -37,6 +38,10 @@ from stage_grpo.trl_seams import (
     reference_of,
     sample_images,
 )
+
+
+# The project pins what it relies on in tests/test_trl_seams.py, so TRL's reminder that it may change is noise.
+warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
 
 
 class StageTrainer(GRPOTrainer):
@@ -82,7 +87,7 @@ class StageTrainer(GRPOTrainer):
         if args.entropy_reward_weight:
             functions.append(entropy_placeholder)
         roll_out: Any = sample_images
-        self._rollouts: dict[str, tuple[int, int]] = {}
+        self._rollouts = (True, 0, 0)  # training or not, step, rollouts so far
         self._generation_seconds = self._update_seconds = 0.0
         self._scored: tuple[Tensor, Tensor] | None = None
         self._total_rewards: Tensor = torch.empty(0)
@@ -135,11 +140,17 @@ class StageTrainer(GRPOTrainer):
         """
         training = self.model.training
         step = self.state.global_step if training else 0
-        last_step, count = self._rollouts.get("train" if training else "eval", (step, 0))
-        count = count if last_step == step else 0
-        self._rollouts = {"train" if training else "eval": (step, count + 1)}
+        if self._rollouts[:2] != (training, step):
+            self._rollouts = (training, step, 0)
+        count = self._rollouts[2]
+        self._rollouts = (training, step, count + 1)
         first = self.accelerator.process_index * num_images
         return [(self.args.seed, int(training), step, count, first + i) for i in range(num_images)]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as TRL does, on the same random streams each time."""
+        self._rollouts = (False, 0, 0)
+        return super().evaluate(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, compute_entropy: bool = False, **kwargs: Any) -> Any:
         # Entropies cost nothing beside the log-probabilities; the last scoring is kept, because TRL hands neither the

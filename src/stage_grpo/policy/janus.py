@@ -24,6 +24,13 @@ class JanusPolicy(ImagePolicy, JanusForConditionalGeneration):
         super().__init__(config)
         self.freeze()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as in transformers, and freeze: loading replaces the parameters that the constructor froze."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
     @property
     def inner_model(self) -> Any:
         """The ``JanusModel`` of transformers."""

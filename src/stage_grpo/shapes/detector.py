@@ -23,11 +23,11 @@ from stage_grpo.types import Box
 
 UNKNOWN_COLOR = "unknown"
 """Colour name of an object that is near none of the world's colours."""
-MIN_OVERLAP = 0.80
+MIN_OVERLAP = 0.85
 """Least soft intersection over union with the best template: the confidence of an object."""
-MIN_MARGIN = 0.03
+MIN_MARGIN = 0.04
 """Least lead of the best template over the best one of any other shape."""
-MIN_QUARTER_OVERLAP = 0.55
+MIN_QUARTER_OVERLAP = 0.7
 """Least overlap in the worst quarter: a shape that lacks a corner overlaps well on the whole."""
 MIN_PURITY = 0.85
 """Least share of a piece's pixels that mix the background with the piece's own colour alone."""
@@ -123,6 +123,8 @@ def _identify(
     inside = pieces[place] == index
     values = offset[place][inside]
     color = _core_color(values)
+    if np.abs(color).max() < _FOREGROUND:  # a medley, whose median is no colour at all
+        return []
     coverage = values @ color / (color @ color)
     residual = np.linalg.norm(values - coverage[:, None] * color, axis=1)
     if (residual < _MAX_RESIDUAL).mean() < MIN_PURITY:

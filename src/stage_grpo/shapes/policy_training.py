@@ -8,6 +8,7 @@ mostly about colour, and matrices are trained by Muon.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,23 @@ from stage_grpo.shapes.tokenizer_training import encode, foreground_weight, to_p
 from stage_grpo.shapes.training_state import learning_rate_factor, load_state, save_state
 from stage_grpo.types import PromptRow
 
-EARLY_MIX = dict(single_object=0.15, two_object=0.1, counting=0.15, colors=0.4, position=0.1, color_attr=0.1)
+EARLY_MIX = {
+    "single_object": 0.15,
+    "two_object": 0.1,
+    "counting": 0.15,
+    "colors": 0.4,
+    "position": 0.1,
+    "color_attr": 0.1,
+}
 """Share of each category's captions in the first steps."""
-MIX = dict(single_object=0.05, two_object=0.1, counting=0.2, colors=0.1, position=0.3, color_attr=0.25)
+MIX = {
+    "single_object": 0.05,
+    "two_object": 0.1,
+    "counting": 0.2,
+    "colors": 0.1,
+    "position": 0.3,
+    "color_attr": 0.25,
+}
 """Share of each category's captions once `_EARLY_SHARE` of the run is over: the hard ones lead."""
 _EARLY_SHARE = 0.15
 _CAPTION_DROPOUT = 0.1
@@ -154,10 +169,13 @@ class BatchSampler:
         return ids, mask, torch.stack(codes).long(), torch.stack(foreground)
 
 
-def train_policy(policy: JanusPolicy, tokenizer: Any, config: PretrainConfig, folder: Path) -> None:
+def train_policy(policy: JanusPolicy, tokenizer: Any, config: PretrainConfig, folder: Path) -> float:
     """Train a policy in place with its image tokenizer frozen; it ends with the moving average of its weights.
 
     Resumes from `folder` where an earlier run left off, and ends as an undisturbed run would.
+
+    Returns:
+        Seconds spent training, in all runs together.
 
     Raises:
         ValueError: an unreadable checkpoint.
@@ -166,23 +184,20 @@ def train_policy(policy: JanusPolicy, tokenizer: Any, config: PretrainConfig, fo
     parameters = _select_parameters(policy)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     optimizers = _build_optimizers(parameters, config)
-    start = _resume(folder, parameters, average, optimizers)
+    start, seconds = _resume(folder, parameters, average, optimizers)
+    began = time.monotonic() - seconds
     sampler = BatchSampler(policy, tokenizer, sets)
     progress = tqdm(range(start, config.policy_steps), "policy", initial=start, total=config.policy_steps)
     for step in progress:
         done = step / config.policy_steps
-        factor = learning_rate_factor(step, config.policy_steps, _WARMUP, _PLATEAU)
         rng = np.random.default_rng((config.seed, _STREAM, step))
         ids, mask, codes, foreground = sampler.sample(rng, config.policy_batch_size, done)
         weights = 1.0 + (_foreground_weight(config.policy_foreground, done) - 1.0) * foreground
-        loss = policy_loss(policy, ids, mask, codes, weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.policy_bf16):
+            loss = policy_loss(policy, ids, mask, codes, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        _update(optimizers, learning_rate_factor(step, config.policy_steps, _WARMUP, _PLATEAU))
         decay = min(_EMA_DECAY, (step + 1) / (step + 10))
         for name, parameter in parameters.items():
             average[name].lerp_(parameter.detach(), 1 - decay)
@@ -191,9 +206,11 @@ def train_policy(policy: JanusPolicy, tokenizer: Any, config: PretrainConfig, fo
         if (step + 1) % config.save_every == 0 or step + 1 == config.policy_steps:
             tensors = {f"policy.{n}": p for n, p in parameters.items()}
             tensors |= {f"average.{n}": p for n, p in average.items()}
-            state = {"step": step + 1, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            save_state(folder, tensors, state)
+            seconds = time.monotonic() - began
+            state = {"step": step + 1, "seconds": seconds}
+            save_state(folder, tensors, state | {"optimizers": [o.state_dict() for o in optimizers]})
     load_average(policy, average)
+    return seconds
 
 
 def load_average(policy: JanusPolicy, average: dict[str, Tensor]) -> None:
@@ -226,23 +243,32 @@ def _build_optimizers(parameters: dict[str, nn.Parameter], config: PretrainConfi
     return optimizers
 
 
+def _update(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """One step of every optimizer at its peak learning rate times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def _resume(
     folder: Path,
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
-) -> int:
-    """Load the checkpoint in `folder`, if any; returns the number of steps done."""
+) -> tuple[int, float]:
+    """Load the checkpoint in `folder`, if any; returns the steps and seconds that it took."""
     saved = load_state(folder)
     if saved is None:
-        return 0
+        return 0, 0.0
     tensors, state = saved
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"policy.{name}"])
         average[name].copy_(tensors[f"average.{name}"])
     for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(stored)
-    return state["step"]
+    return state["step"], state["seconds"]
 
 
 def _foreground_weight(peak: float, done: float) -> float:

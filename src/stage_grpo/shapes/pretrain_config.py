@@ -25,10 +25,11 @@ class PretrainConfig:
     tokenizer_batch_size: int = _field(16, "pictures a step of the image tokenizer")
     tokenizer_lr: float = _field(2e-3, "peak learning rate of the image tokenizer")
     tokenizer_foreground: float = _field(8.0, "loss weight of pixels on and next to shapes, background being 1")
-    num_scenes: int = _field(60000, "captioned scenes that the policy learns from")
-    policy_steps: int = _field(3000, "steps of the language model")
+    num_scenes: int = _field(40000, "captioned scenes that the policy learns from")
+    policy_steps: int = _field(3600, "steps of the language model")
     policy_batch_size: int = _field(64, "captioned scenes a step of the language model")
     policy_lr: float = _field(3e-3, "peak learning rate of the language model")
+    policy_bf16: bool = _field(True, "multiply matrices in bfloat16 while the language model trains")
     policy_foreground: float = _field(25.0, "loss weight of tokens on shapes at the start; 1 from half time on")
 
     def __post_init__(self) -> None:
@@ -40,5 +41,5 @@ class PretrainConfig:
             elif item.name == "seed":
                 if value < 0:
                     raise ValueError(f"seed={value} must be 0 or more")
-            elif value <= 0:
+            elif value <= 0 and not isinstance(value, bool):
                 raise ValueError(f"{item.name}={value} must be above 0")

@@ -19,7 +19,7 @@ import json
 import os
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -49,10 +49,8 @@ _HELDOUT_SHARE = 0.2
 _MIN_OFFSET = 16.0
 _MAX_DRAWS = 1000
 
-Split = Literal["train", "heldout"]
 
-
-def rows(split: Split) -> list[PromptRow]:
+def rows(split: str) -> list[PromptRow]:
     """All prompts of a split, in a fixed order.
 
     Args:
@@ -74,27 +72,33 @@ def rows(split: Split) -> list[PromptRow]:
     return chosen
 
 
-def evaluation_rows(num_per_category: int) -> list[PromptRow]:
-    """A balanced, fixed list of held-out prompts, category by category.
+def balanced_rows(split: str, num_per_category: int) -> list[PromptRow]:
+    """A balanced, fixed list of prompts, category by category.
 
     Categories with fewer prompts than asked for repeat them; larger ones are cut after a fixed shuffle.
 
     Args:
+        split: "train" or "heldout".
         num_per_category: rows of each of the six categories, at least 1.
 
     Raises:
-        ValueError: `num_per_category` below 1.
+        ValueError: unknown split, or `num_per_category` below 1.
     """
     if num_per_category < 1:
         raise ValueError(f"num_per_category={num_per_category} must be at least 1")
     chosen = []
     for tag in CATEGORIES:
-        pool = sorted(rows_of(tag, "heldout"), key=lambda row: _digest("evaluation", row.prompt))
+        pool = sorted(rows_of(tag, split), key=lambda row: _digest("evaluation", row.prompt))
         chosen += [pool[i % len(pool)] for i in range(num_per_category)]
     return chosen
 
 
-def rows_of(tag: str, split: Split) -> list[PromptRow]:
+def evaluation_rows(num_per_category: int) -> list[PromptRow]:
+    """Balanced held-out prompts: see :func:`balanced_rows`."""
+    return balanced_rows("heldout", num_per_category)
+
+
+def rows_of(tag: str, split: str) -> list[PromptRow]:
     """The rows of one category of a split.
 
     Raises:
@@ -138,7 +142,7 @@ def sample_scene(row: PromptRow, rng: np.random.Generator) -> Scene:
     colors = [clause.get("color") or str(rng.choice(list(COLORS))) for clause in clauses]
     centers = _sample_related_centers(row.metadata["include"], sizes, rng)
     objects = [
-        SceneObject(clause["class"], color, size, x, y)  # pyright: ignore[reportArgumentType]
+        SceneObject(clause["class"], color, size, x, y)
         for clause, color, size, (x, y) in zip(clauses, colors, sizes, centers)
     ]
     return Scene(tuple(objects), int(rng.integers(BACKGROUNDS[0], BACKGROUNDS[1] + 1)))

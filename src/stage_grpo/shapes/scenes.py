@@ -8,7 +8,6 @@ with no other shape. One code then says "this quarter of this shape in this colo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -58,7 +57,7 @@ class SceneObject:
 
     shape: str
     color: str
-    size: Literal["small", "large"]
+    size: str
     x: float
     y: float
 
@@ -144,10 +143,11 @@ def render(scene: Scene) -> Image.Image:
         An RGB picture of 48 x 48 pixels, values in [0, 255], antialiased; equal scenes give equal pixels.
     """
     scale = _SUPERSAMPLING
-    canvas = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), (scene.background,) * 3)
+    background = (scene.background, scene.background, scene.background)
+    canvas = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), background)
     draw = ImageDraw.Draw(canvas)
     for obj in scene.objects:
-        _draw(draw, obj, (scene.background,) * 3)
+        _draw(draw, obj, background)
     return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 

@@ -8,7 +8,6 @@ tokenizer is `JanusVQVAE` at its narrowest (base width 32): 64 pictures decode i
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,20 @@ NUM_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 GUIDANCE_SCALE = 3.0
 """Guidance that the shipped policy is sampled with; stored in its generation config."""
 SPECIAL_TOKENS = {
-    "bos_token": "<｜begin▁of▁sentence｜>",
-    "eos_token": "<｜end▁of▁sentence｜>",
-    "pad_token": "<｜▁pad▁｜>",
+    "bos_token": "<｜begin▁of▁sentence｜>",  # noqa: RUF001
+    "eos_token": "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "pad_token": "<｜▁pad▁｜>",  # noqa: RUF001
     "image_token": "<image_placeholder>",
     "boi_token": "<begin_of_image>",
     "eoi_token": "<end_of_image>",
 }
 _ROLES = ["<|User|>", "<|Assistant|>"]
 _MAX_VOCABULARY = 1024
+
+
+def _id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    """Id of a special token, by its key in `SPECIAL_TOKENS`."""
+    return tokenizer.get_vocab()[SPECIAL_TOKENS[name]]
 
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
@@ -137,7 +141,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
         text_config=text,
         vision_config=vision,
         vq_config=image_codes,
-        image_token_id=tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS["image_token"]),
+        image_token_id=_id(tokenizer, "image_token"),
         tie_word_embeddings=True,
     )
 
@@ -153,7 +157,7 @@ def build_policy(tokenizer: PreTrainedTokenizerFast) -> JanusPolicy:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         # transformers' image generation looks its begin-of-image token up in here.
-        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS["boi_token"])},
+        generation_kwargs={"boi_token_id": _id(tokenizer, "boi_token")},
     )
     return policy
 
@@ -173,7 +177,6 @@ def save(policy: JanusPolicy, tokenizer: PreTrainedTokenizerFast, folder: str | 
         policy.save_pretrained(scratch)
         build_processor(tokenizer).save_pretrained(scratch)
         for file in sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            file.chmod(0o644)
             os.replace(file, target / file.name)
-        shutil.rmtree(scratch, ignore_errors=True)
-        Path(scratch).mkdir()
     return target

@@ -7,8 +7,10 @@ with unit rows both choose and show the same code.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +63,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
     """A scene for the tokenizer: 2 to 4 shapes, everything random, so that each step shows many codes."""
     sizes = [str(name) for name in rng.choice(list(SIZES), rng.integers(2, MAX_OBJECTS + 1))]
     objects = [
-        SceneObject(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), size, x, y)  # pyright: ignore
+        SceneObject(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), size, x, y)
         for size, (x, y) in zip(sizes, sample_centers(rng, sizes))
     ]
     return Scene(tuple(objects), int(rng.integers(BACKGROUNDS[0], BACKGROUNDS[1] + 1)))
@@ -168,23 +170,26 @@ def foreground_weight(
 
 
 @torch.no_grad()
-def encode(vqmodel: JanusVQVAE, pixels: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, "batch T"]:
+def encode(vqmodel: Any, pixels: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, "batch T"]:
     """Image codes of pictures in [-1, 1], in reading order."""
     return vqmodel.encode(pixels, return_dict=True).image_tokens.view(len(pixels), -1)
 
 
 @torch.no_grad()
-def round_trip_error(vqmodel: JanusVQVAE, pixels: Float[Tensor, "batch 3 height width"]) -> float:
+def round_trip_error(vqmodel: Any, pixels: Float[Tensor, "batch 3 height width"]) -> float:
     """Mean absolute error of decoded pictures on shapes and one pixel around them, in [-1, 1] units."""
     shown = vqmodel.decode(encode(vqmodel, pixels))
     weight = foreground_weight(pixels, 2.0) - 1.0
     return float(((shown - pixels).abs() * weight).sum() / (weight.sum() * pixels.shape[1]))
 
 
-def train_tokenizer(vqmodel: JanusVQVAE, config: PretrainConfig, folder: Path) -> None:
+def train_tokenizer(vqmodel: JanusVQVAE, config: PretrainConfig, folder: Path) -> float:
     """Train an image tokenizer in place, resuming from `folder` where an earlier run left off.
 
     Each step's pictures depend on the seed and the step alone, so an interrupted run ends as an undisturbed one.
+
+    Returns:
+        Seconds spent training, in all runs together.
 
     Raises:
         ValueError: an unreadable checkpoint.
@@ -196,14 +201,15 @@ def train_tokenizer(vqmodel: JanusVQVAE, config: PretrainConfig, folder: Path) -
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=config.tokenizer_lr, betas=(0.9, 0.99), weight_decay=0.0)
-    start, saved = 0, load_state(folder)
+    start, seconds, saved = 0, 0.0, load_state(folder)
     if saved is not None:
         tensors, state = saved
         vqmodel.load_state_dict(tensors)
         codebook.load_state_dict(state["codebook"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
-        start = state["step"]
+        start, seconds = state["step"], state["seconds"]
+    began = time.monotonic() - seconds
     progress = tqdm(range(start, config.tokenizer_steps), "tokenizer", initial=start, total=config.tokenizer_steps)
     for step in progress:
         factor = learning_rate_factor(step, config.tokenizer_steps, _WARMUP, _PLATEAU)
@@ -220,5 +226,8 @@ def train_tokenizer(vqmodel: JanusVQVAE, config: PretrainConfig, folder: Path) -
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.tokenizer_steps:
-            state = {"step": step + 1, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-            save_state(folder, vqmodel.state_dict(), state | {"codebook": codebook.state_dict()})
+            seconds = time.monotonic() - began
+            state = {"step": step + 1, "seconds": seconds, "optimizer": optimizer.state_dict()}
+            state |= {"generator": generator.get_state(), "codebook": codebook.state_dict()}
+            save_state(folder, vqmodel.state_dict(), state)
+    return seconds

@@ -1,0 +1,181 @@
+"""The command ``stage``: one subcommand a task. Wrong input ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {}
+
+
+def command(name: str, summary: str) -> Callable[[Any], Any]:
+    """Register a subcommand: a function of the program's name and the remaining arguments."""
+
+    def register(function: Callable[[str, list[str]], None]) -> Callable[[str, list[str]], None]:
+        COMMANDS[name] = (summary, function)
+        return function
+
+    return register
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: Words after ``stage``; by default those of the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((known for known in sorted(COMMANDS, key=len, reverse=True) if _begins(words, known)), None)
+    if name is None:
+        _print_help(words)
+        return
+    # Rollouts write one line a progress bar; weights load in milliseconds and need none.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        COMMANDS[name][1](f"stage {name}", words[len(name.split()) :])
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split("\n"))
+        print(f"stage {name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _begins(words: list[str], name: str) -> bool:
+    return words[: len(name.split())] == name.split()
+
+
+def _print_help(words: list[str]) -> None:
+    lines = [f"  {name:<18} {summary}" for name, (summary, _) in COMMANDS.items()]
+    print("usage: stage COMMAND ...\n\n" + "\n".join(lines) + "\n\n'stage COMMAND --help' explains one.")
+    if words and words[0] not in ("-h", "--help"):
+        print(f"stage: error: unknown command {words[0]!r}", file=sys.stderr)
+        sys.exit(2)
+
+
+@command("train", "train a policy from a YAML file; every key is also a flag")
+def _train(program: str, words: list[str]) -> None:
+    from stage_grpo.config import parse_config
+    from stage_grpo.training import train
+
+    print(f"saved {train(parse_config(program, words))}")
+
+
+@command("generate", "write images for prompts")
+def _generate(program: str, words: list[str]) -> None:
+    parser = _Parser(prog=program, description="Write images for prompts, in GenEval's folder layout.")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one prompt")
+    source.add_argument("--prompts", help="prompt file: .txt, .jsonl or .csv")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--num-images", type=int, default=1, help="images of each prompt (1)")
+    parser.add_argument("--batch-size", type=int, help="images at a time (what fits)")
+    parser.add_argument("--seed", type=int, default=0, help="seed (0)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="classifier-free guidance (5)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature (1)")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes (all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes of this share (all)")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights (float32)")
+    parser.add_argument("--prompt-template", default="janus", help="janus or t2i_r1 (janus)")
+    options = parser.parse_args(words)
+
+    from stage_grpo.data import load_rows
+    from stage_grpo.generation import generate
+    from stage_grpo.policy import load_policy, load_tokenizer
+    from stage_grpo.sampling import Sampling
+    from stage_grpo.types import PromptRow
+
+    sampling = Sampling(options.guidance_scale, options.temperature, options.top_k, options.top_p)
+    rows = load_rows(options.prompts) if options.prompts else [PromptRow(options.prompt, {})]
+    policy = load_policy(options.model, options.dtype)
+    out = generate(
+        policy,
+        load_tokenizer(policy),
+        rows,
+        options.out,
+        sampling,
+        num_images=options.num_images,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        prompt_template=options.prompt_template,
+    )
+    print(f"wrote {len(rows) * options.num_images} images to {out}")
+
+
+@command("evaluate", "score a folder of images on a benchmark")
+def _evaluate(program: str, words: list[str]) -> None:
+    parser = _Parser(prog=program, description="Score a folder of images on a benchmark.")
+    parser.add_argument("--benchmark", required=True, help="name of the benchmark, e.g. shapes")
+    parser.add_argument("--images", required=True, help="folder written by stage generate")
+    parser.add_argument("--out", help="JSON file to write")
+    options = parser.parse_args(words)
+
+    from stage_grpo.evaluation import evaluate
+    from stage_grpo.scores import format_table
+
+    scores = evaluate(options.benchmark, options.images)
+    if options.out:
+        scores.save(Path(options.out))
+    print(format_table(scores))
+
+
+@command("report", "write the HTML report of a run folder")
+def _report(program: str, words: list[str]) -> None:
+    parser = _Parser(prog=program, description="Write report.html into a run folder.")
+    parser.add_argument("run", help="run folder")
+    options = parser.parse_args(words)
+
+    from stage_grpo.report import write_run_report
+
+    print(f"wrote {write_run_report(Path(options.run))}")
+
+
+@command("demo", "train the tiny Janus and show before and after")
+def _demo(program: str, words: list[str]) -> None:
+    from stage_grpo.demo import DemoConfig, run_demo
+
+    print(run_demo(_parse(DemoConfig, program, words)))
+
+
+@command("shapes pretrain", "make the tiny Janus of the shapes world from nothing")
+def _shapes_pretrain(program: str, words: list[str]) -> None:
+    from stage_grpo.shapes.pretrain import PretrainConfig, pretrain
+
+    print(f"wrote {pretrain(_parse(PretrainConfig, program, words))}")
+
+
+@command("shapes prompts", "write prompts of the shapes world")
+def _shapes_prompts(program: str, words: list[str]) -> None:
+    parser = _Parser(prog=program, description="Write prompts of the shapes world as JSON lines.")
+    parser.add_argument("--split", choices=("train", "heldout"), required=True, help="which prompts")
+    parser.add_argument("--per-category", type=int, default=100, help="prompts of each category (100)")
+    parser.add_argument("--out", required=True, help="file to write")
+    options = parser.parse_args(words)
+
+    from stage_grpo.shapes.prompts import balanced_rows, write_prompts
+
+    rows = balanced_rows(options.split, options.per_category)
+    write_prompts(options.out, rows)
+    print(f"wrote {len(rows)} prompts to {options.out}")
+
+
+def _parse(config_class: Any, program: str, words: list[str]) -> Any:
+    """Build a dataclass from flags named like its fields."""
+    from stage_grpo.config import OneLineParser
+
+    (config,) = OneLineParser(config_class, prog=program).parse_args_into_dataclasses(words)
+    return config
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Fixtures shared by the tests: an untrained tiny Janus on disk, made once a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+from stage_grpo.policy import load_policy, load_tokenizer
+from stage_grpo.shapes import tiny
+
+PROMPTS = [
+    "a photo of a circle",
+    "a photo of a red circle and a blue square",
+    "a photo of two rings",
+    "a photo of a cross left of a ring",
+]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a tiny Janus with random weights that are spread enough to make distributions peaked."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    tokenizer = tiny.build_text_tokenizer()
+    policy = tiny.build_policy(tokenizer)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.normal_(0, 0.3)
+        for parameter in policy.backbone.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.08)
+    tiny.save(policy, tokenizer, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def policy(checkpoint):
+    """A freshly loaded policy that a test may change."""
+    return load_policy(checkpoint).eval()
+
+
+@pytest.fixture
+def tokenizer(policy):
+    return load_tokenizer(policy)
+
+
+@pytest.fixture
+def prompt_ids(policy, tokenizer):
+    """Twelve rows: four prompts of different length, three images each."""
+    return [ids for ids in policy.encode_prompts(tokenizer, PROMPTS) for _ in range(3)]
