@@ -61,11 +61,8 @@ def evaluate(
     return Scores(
         benchmark=line.name,
         columns=list(line.columns),
-        scores={m: {c: _json_number(e.value) for c, e in table.items()} for m, table in tables.items()},
-        ci95={
-            m: {c: [_json_number(e.low), _json_number(e.high)] for c, e in table.items()}
-            for m, table in tables.items()
-        },
+        scores={m: {c: _json_number(e.value) for c, e in tables[m].items()} for m in measures},
+        ci95={m: {c: [_json_number(e.low), _json_number(e.high)] for c, e in tables[m].items()} for m in measures},
         num_images=len(per_image),
         num_unscored=sum(record[GRADED] is None for record in per_image),
         num_prompts=len(folders),
@@ -77,8 +74,7 @@ def evaluate(
             "num_resamples": num_resamples,
             "seed": seed,
         },
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("stage-grpo", "numpy", "pillow", "scipy")},
+        versions=_versions(),
     )
 
 
@@ -134,3 +130,8 @@ def _diversity(folders: list[PromptFolder]) -> float | None:
 def _json_number(value: float) -> float | None:
     """JSON knows no NaN."""
     return None if math.isnan(value) else value
+
+
+def _versions() -> dict[str, str]:
+    names = ("stage-grpo", "numpy", "pillow", "scipy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
