@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name is None:
         _print_help(words)
         return
-    # Rollouts write one line a progress bar; weights load in milliseconds and need none.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Renamings announced by the libraries for their next major version are for us, not for users.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         COMMANDS[name][1](f"stage {name}", words[len(name.split()) :])
     except (ValueError, OSError) as error:
