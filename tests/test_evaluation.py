@@ -158,7 +158,8 @@ def test_paired_comparison_by_hand(images_dir: Path, tmp_path: Path) -> None:
     assert differences["a"].p_value == 1.0
     graded = scores.compare(before, after, "graded")
     assert graded["b"].value == pytest.approx(0.7)
-    assert "+0.500  [+0.500, +0.500]" in scores.format_comparison(differences)
+    line = scores.format_comparison(before, after).splitlines()[3]
+    assert line.split() == ["overall", "0.500", "1.000", "+0.500", "[+0.500,", "+0.500]", "0.0002"]
 
 
 def test_comparison_refuses_other_prompts(images_dir: Path) -> None:

@@ -35,7 +35,7 @@ def write_run(folder: Path, weights: bool = True) -> Path:
     run = {"config": config, "versions": {"torch": "2.13.0"}, "seed": 7, "commit": None}
     (folder / "run.json").write_text(json.dumps(run))
     rows = [
-        {"step": t, "reward": t / 10, "kl": None if t == 3 else 0.01 * t, "seconds/step": 10.5} for t in range(1, 7)
+        {"step": t, "reward": t / 10, "kl": None if t == 3 else 0.01 * t, "step_time": 10.5} for t in range(1, 7)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in (2, 6):

@@ -60,6 +60,8 @@ def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str]
             axes.plot(steps, moving_average(values, window), style, color=color, linewidth=1.7, label=name)
         _tidy(axes)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.ticklabel_format(axis="y", useOffset=False)
         if len(series) > 1:
             # Above the plot, where no line can run through it.
             axes.legend(

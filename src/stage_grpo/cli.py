@@ -67,6 +67,7 @@ def _train(program: str, words: list[str]) -> None:
     from stage_grpo.config import parse_config
     from stage_grpo.training import train
 
+    _hide_loading_bars()
     print(f"saved {train(parse_config(program, words))}")
 
 
@@ -95,6 +96,7 @@ def _generate(program: str, words: list[str]) -> None:
     from stage_grpo.sampling import Sampling
     from stage_grpo.types import PromptRow
 
+    _hide_loading_bars()
     sampling = Sampling(options.guidance_scale, options.temperature, options.top_k, options.top_p)
     rows = load_rows(options.prompts) if options.prompts else [PromptRow(options.prompt, {})]
     policy = load_policy(options.model, options.dtype)
@@ -144,6 +146,7 @@ def _report(program: str, words: list[str]) -> None:
 def _demo(program: str, words: list[str]) -> None:
     from stage_grpo.demo import DemoConfig, run_demo
 
+    _hide_loading_bars()
     print(run_demo(_parse(DemoConfig, program, words)))
 
 
@@ -167,6 +170,13 @@ def _shapes_prompts(program: str, words: list[str]) -> None:
     rows = balanced_rows(options.split, options.per_category)
     write_prompts(options.out, rows)
     print(f"wrote {len(rows)} prompts to {options.out}")
+
+
+def _hide_loading_bars() -> None:
+    """Leave the terminal to our own progress bars; loading a checkpoint shows one for every file."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _parse(config_class: Any, program: str, words: list[str]) -> Any:

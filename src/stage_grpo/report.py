@@ -194,7 +194,7 @@ def _run_headline(run: RunRecord) -> list[dict[str, str]]:
         first, last = np.mean(rewards[:tenth]), np.mean(rewards[-tenth:])
         detail = f"mean of the first and of the last {tenth} logged steps"
         cards.append({"value": f"{first:.3f} → {last:.3f}", "name": "reward", "detail": detail})
-    seconds = sum(run.series("seconds/step")[1]) or sum(run.series("step_time")[1])
+    seconds = sum(run.series("step_time")[1])
     if seconds:
         cards.append(
             {"value": before_after.duration(seconds), "name": "in training steps", "detail": "sum of the logged steps"}

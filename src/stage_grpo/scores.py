@@ -175,19 +175,26 @@ def format_table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def format_comparison(differences: Mapping[str, Difference]) -> str:
-    """Paired differences as a table of plain text.
+def format_comparison(before: Scores, after: Scores, measure: str = STRICT) -> str:
+    """Both sides and their paired difference as a table of plain text.
 
     Args:
-        differences: What `compare` returned.
+        before: Scores of one model.
+        after: Scores of the other, of the same prompts and seeds.
+        measure: "strict" or "graded".
 
     Returns:
         One line a category and the overall lines; no trailing newline.
+
+    Raises:
+        ValueError: The two do not pair, see `compare`.
     """
-    lines = [f"{'':16}{'after - before  [95 % interval]':>34}{'p':>9}"]
-    for name, d in differences.items():
-        cell = f"{d.value:+.3f}  [{d.low:+.3f}, {d.high:+.3f}]"
-        lines.append(f"{label(name):16}{cell:>34}{d.p_value:>9.4f}")
+    lines = [f"{measure:16}{'before':>8}{'after':>8}   {'difference [95 % interval]':26}{'p':>8}"]
+    for name, d in compare(before, after, measure).items():
+        sides = (side.scores[measure][name] for side in (before, after))
+        cells = "".join(f"{'-' if value is None else format(value, '.3f'):>8}" for value in sides)
+        interval = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+        lines.append(f"{label(name):16}{cells}   {interval:26}{d.p_value:>8.4f}")
     return "\n".join(lines)
 
 
