@@ -399,3 +399,20 @@ def test_run_folder_holds_what_is_promised(checkpoint, tmp_path):
         seconds/rollout seconds/decode seconds/reward seconds/reference seconds/update step_time
         images_per_second memory/peak_mb loss grad_norm learning_rate"""
     assert set(promised.split()) <= row.keys()
+
+
+def test_trackers_receive_metrics_and_sample_grids(checkpoint, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    stage = trainer_for(checkpoint, tmp_path / "run", sample_steps=1, max_steps=2, report_to=["tensorboard", "wandb"])
+    stage.train()
+    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events*"))))
+    events.Reload()
+    assert {"train/reward", "train/kl_weighted", "train/entropy/gap"} <= set(events.Tags()["scalars"])
+    assert [image.step for image in events.Images("samples")] == [1, 2]
+    saved = list((tmp_path / "wandb").rglob("samples*.png"))
+    assert len(saved) == 2, "wandb keeps a copy of every grid it was given"
