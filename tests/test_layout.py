@@ -137,7 +137,9 @@ def test_no_file_knows_a_folder_of_somebodys_machine():
     files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in kinds or p.name == "run"]
     files += [p for p in ROOT.iterdir() if p.is_file() and (p.suffix in kinds or p.name == "Makefile")]
     assert len(files) > 50
-    found = [f"{p.relative_to(ROOT)}: {hit.group()}" for p in files for hit in [machine_path.search(p.read_text())] if hit]
+    found = [
+        f"{p.relative_to(ROOT)}: {hit.group()}" for p in files for hit in [machine_path.search(p.read_text())] if hit
+    ]
     assert not found
 
 

@@ -252,7 +252,8 @@ def parse_config(program: str, words: Sequence[str]) -> StageConfig:
     words = list(words)
     if words and not words[0].startswith("-"):
         words[:1] = ["--config", words[0]]
-    parser = OneLineParser(StageConfig, prog=program, usage="%(prog)s [CONFIG.yaml] [--KEY VALUE ...]")
+    config_class: Any = StageConfig
+    parser = OneLineParser(config_class, prog=program, usage="%(prog)s [CONFIG.yaml] [--KEY VALUE ...]")
     try:
         (config,) = parser.parse_args_and_config(words)
     except yaml.YAMLError as error:
