@@ -228,3 +228,12 @@ def test_the_maths_imports_neither_transformers_nor_trl() -> None:
         "sys.exit(any(m in sys.modules for m in ('transformers', 'trl', 'datasets', 'accelerate')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weighted_sum_leaves_out_what_could_not_be_scored():
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, 2.0], [nan, 2.0], [1.0, nan], [nan, nan]])
+    total = objective.weighted_sum(rewards, torch.tensor([2.0, 0.5]))
+    # 2 * 1 + 0.5 * 2, then each alone, then nothing to go by.
+    torch.testing.assert_close(total[:3], torch.tensor([3.0, 1.0, 2.0]), atol=1e-6, rtol=0)
+    assert total[3].isnan()

@@ -1,5 +1,6 @@
 """The tiny policy: its config and tokenizer, its training loops at a toy budget, and the shipped weights."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.policy.loading import load_policy, load_tokenizer
 from stage_grpo.rewards.registry import build_reward
-from stage_grpo.shapes import tiny
+from stage_grpo.shapes import policy_training, tiny
 from stage_grpo.shapes import tokenizer_training as vq
 from stage_grpo.shapes.policy_training import MIX, BatchSampler, EncodedScenes, encode_scenes, policy_loss
 from stage_grpo.shapes.pretrain import pretrain
@@ -224,12 +225,8 @@ def test_the_policy_stage_resumes_in_its_middle(tmp_path):
     out = tmp_path / "run"
     whole = load_file(pretrain(PretrainConfig(out=str(out), **TOY)) / "model.safetensors")
     # Begin anew with a checkpoint after step 2 of 3 in place: what a crash in step 3 would leave.
-    import shutil
-
     kept = tmp_path / "kept"
     saved = []
-    from stage_grpo.shapes import policy_training
-
     original = policy_training.save_state
 
     def keep(folder, *args):

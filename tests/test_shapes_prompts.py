@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stage_grpo.data import load_rows
 from stage_grpo.rewards.geneval import judge
 from stage_grpo.shapes.prompts import (
     CATEGORIES,
@@ -14,6 +16,8 @@ from stage_grpo.shapes.prompts import (
     MIRRORS,
     SHARED_CATEGORIES,
     evaluation_rows,
+    is_heldout,
+    mixed_rows,
     rows,
     rows_of,
     sample_scene,
@@ -137,5 +141,26 @@ def test_unknown_names_and_counts_are_named():
         rows("test")
     with pytest.raises(ValueError, match="category 'shapes'"):
         rows_of("shapes", "train")
-    with pytest.raises(ValueError, match="num_per_category=0"):
+    with pytest.raises(ValueError, match="0 rows cannot be mixed"):
         evaluation_rows(0)
+
+
+def test_mixed_rows_follow_the_ratio():
+    chosen = mixed_rows("train", [0, 3, 2, 1, 4, 4], 28)
+    tags = [row.metadata["tag"] for row in chosen]
+    assert [tags.count(tag) for tag in CATEGORIES] == [0, 6, 4, 2, 8, 8]
+    assert not any(is_heldout(row.metadata) for row in chosen)
+
+
+@pytest.mark.parametrize(("ratio", "num"), [([1, 1], 2), ([0] * 6, 6), ([-1, 1, 1, 1, 1, 1], 4), ([1] * 6, 7)])
+def test_mixes_that_cannot_be_are_refused(ratio, num):
+    with pytest.raises(ValueError, match=r"ratio=|cannot be mixed"):
+        mixed_rows("train", ratio, num)
+
+
+def test_shipped_prompt_files_are_what_the_code_writes():
+    """assets/shapes/*.jsonl come from `stage shapes prompts`."""
+    root = Path(__file__).parents[1] / "assets/shapes"
+    expected = {"train": mixed_rows("train", [1] * 6, 600), "heldout": mixed_rows("heldout", [1] * 6, 600)}
+    for split, wanted in expected.items():
+        assert load_rows(root / f"{split}.jsonl") == wanted

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
+
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {}
 
 
@@ -23,7 +25,10 @@ def command(name: str, summary: str) -> Callable[[Any], Any]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line."""
+    """An argument parser that reports an error in one line and takes no abbreviated flags."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -44,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         COMMANDS[name][1](f"stage {name}", words[len(name.split()) :])
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split("\n"))
+    except (ValueError, OSError, SafetensorError) as error:
+        torn = isinstance(error, SafetensorError)
+        message = f"the checkpoint's weights are torn, fetch or save them again: {error}" if torn else str(error)
+        message = " ".join(message.split("\n"))
         print(f"stage {name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -97,12 +104,16 @@ def _generate(program: str, words: list[str]) -> None:
     from stage_grpo.types import PromptRow
 
     _hide_loading_bars()
+    if Path(options.out).is_file():
+        raise ValueError(f"--out {options.out} is a file; name a folder, which need not exist")
     sampling = Sampling(options.guidance_scale, options.temperature, options.top_k, options.top_p)
     rows = load_rows(options.prompts) if options.prompts else [PromptRow(options.prompt, {})]
     policy = load_policy(options.model, options.dtype)
+    tokenizer = load_tokenizer(policy)
+    policy.encode_prompts(tokenizer, [row.prompt for row in rows], options.prompt_template)  # wrong ones end here
     out = generate(
         policy,
-        load_tokenizer(policy),
+        tokenizer,
         rows,
         options.out,
         sampling,
@@ -161,15 +172,39 @@ def _shapes_pretrain(program: str, words: list[str]) -> None:
 def _shapes_prompts(program: str, words: list[str]) -> None:
     parser = _Parser(prog=program, description="Write prompts of the shapes world as JSON lines.")
     parser.add_argument("--split", choices=("train", "heldout"), required=True, help="which prompts")
-    parser.add_argument("--per-category", type=int, default=100, help="prompts of each category (100)")
+    parser.add_argument("--ratio", default="1:1:1:1:1:1", help="single:two:counting:colors:position:attributes")
+    parser.add_argument("--num", type=int, default=600, help="prompts in all (600)")
     parser.add_argument("--out", required=True, help="file to write")
     options = parser.parse_args(words)
 
-    from stage_grpo.shapes.prompts import balanced_rows, write_prompts
+    from stage_grpo.shapes.prompts import mixed_rows, write_prompts
 
-    rows = balanced_rows(options.split, options.per_category)
+    if not all(share.isdigit() for share in options.ratio.split(":")):
+        raise ValueError(f"--ratio {options.ratio} must be six numbers joined by colons, e.g. 0:3:2:1:4:4")
+    rows = mixed_rows(options.split, [int(share) for share in options.ratio.split(":")], options.num)
     write_prompts(options.out, rows)
     print(f"wrote {len(rows)} prompts to {options.out}")
+
+
+@command("data list", "list the prompt sets and where they are")
+def _data_list(program: str, words: list[str]) -> None:
+    from stage_grpo.prompt_sets.command import main_list
+
+    print(main_list(program, words))
+
+
+@command("data fetch", "download a prompt set from its official home")
+def _data_fetch(program: str, words: list[str]) -> None:
+    from stage_grpo.prompt_sets.command import main_fetch
+
+    print(main_fetch(program, words))
+
+
+@command("data build-geneval", "write GenEval-style training prompts")
+def _data_build_geneval(program: str, words: list[str]) -> None:
+    from stage_grpo.prompt_sets.command import main_build_geneval
+
+    print(main_build_geneval(program, words))
 
 
 def _hide_loading_bars() -> None:

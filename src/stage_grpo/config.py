@@ -6,9 +6,10 @@ values: each can be overridden alone, so every ablation is one value away.
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -17,55 +18,9 @@ import yaml
 from trl import GRPOConfig, TrlParser
 
 from stage_grpo.policy.base import PROMPT_TEMPLATES
+from stage_grpo.presets import CHOICES, NOT_NEGATIVE, PRESETS, UNSUPPORTED
 from stage_grpo.rewards.registry import build_reward
 from stage_grpo.sampling import Sampling
-
-_STAGE = {
-    "entropy_reward_weight": 0.4,
-    "entropy_reward_scope": "top",
-    "entropy_reward_center": False,
-    "entropy_loss_weight": 0.0,
-    "reweight_advantages": True,
-    "advantage_weight_normalization": "none",
-    "reweight_kl": True,
-    "kl_weight_form": "clipped",
-    "kl_weight_a": 0.5,
-    "kl_weight_b": 0.5,
-    "kl_weight_clip": [0.0, 1.0],
-    "kl_on_zero_variance": True,
-    "min_reward_std": 1e-3,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    # The equations of arXiv 2509.25027, with the guard against noise in tied groups.
-    "paper": _STAGE,
-    # What the authors' code computes: M normalised, entropy bonus centred on the tops' mean, no guard.
-    "released": {
-        **_STAGE,
-        "advantage_weight_normalization": "group",
-        "entropy_reward_center": True,
-        "min_reward_std": 0.0,
-    },
-    # Plain GRPO.
-    "grpo": {**_STAGE, "entropy_reward_weight": 0.0, "reweight_advantages": False, "reweight_kl": False},
-}
-"""What each preset gives to the fields that were left at ``None``."""
-
-_CHOICES = {
-    "entropy_reward_scope": ("top", "all"),
-    "advantage_weight_normalization": ("none", "group"),
-    "kl_weight_form": ("clipped", "graded"),
-}
-
-_UNSUPPORTED = {
-    "use_vllm": (False, "vLLM has no image tokens and no guidance; the project's own rollout is used"),
-    "use_transformers_continuous_batching": (False, "the project's own rollout is used"),
-    "pad_to_multiple_of": (None, "all images have the same number of tokens"),
-    "mask_truncated_completions": (False, "images have no end token, so every one would be masked"),
-    "generation_kwargs": (None, "set guidance_scale, temperature, top_k, top_p or min_p instead"),
-    "repetition_penalty": (1.0, "it has no meaning for image codes"),
-    "log_completions": (False, "completions are image codes; set sample_steps to see images instead"),
-}
-"""TRL options that make no sense for images: value that must stay, and why."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -148,8 +103,17 @@ class StageConfig(GRPOConfig):
             self.bf16 = torch.cuda.is_available() and not self.fp16
         # Pinned memory exists for GPUs alone; elsewhere torch only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self._check_groups()
-        super().__post_init__()
+        self._check_counts()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "num_generations" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} It is per_device_train_batch_size={self.per_device_train_batch_size} x "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} x processes: change one of them, or "
+                f"num_generations={self.num_generations}"
+            ) from error
         self._check_values()
         self._check_method()
         self._check_rewards()
@@ -167,22 +131,29 @@ class StageConfig(GRPOConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
-    def _check_groups(self) -> None:
-        for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps"):
+    def _check_counts(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if (self.num_generations or 0) < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations} must be at least 2: images of one prompt are compared"
+            )
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1, or -1 to train num_train_epochs")
 
     def _check_values(self) -> None:
         _ = self.sampling
-        for name, (value, why) in _UNSUPPORTED.items():
+        for name, (value, why) in UNSUPPORTED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported for image policies: {why}")
-        for name, names in {**_CHOICES, "prompt_template": tuple(PROMPT_TEMPLATES)}.items():
+        for name, names in {**CHOICES, "prompt_template": tuple(PROMPT_TEMPLATES)}.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(names)}")
-        for name in ("beta", "entropy_reward_weight", "entropy_loss_weight", "min_reward_std", "sample_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{name}={value!r} must be a number that is not negative")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is not supported; use float32 or bfloat16")
         if self.rollout_memory_gb is not None and self.rollout_memory_gb <= 0:
@@ -221,6 +192,12 @@ class StageConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not Path(value).is_file():
                 raise ValueError(f"{name}={value!r} is not a readable file; give a .txt, .jsonl or .csv of prompts")
+        if self.output_dir and Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir={self.output_dir!r} is a file; name a folder, which need not exist")
+        resumed: Any = self.resume_from_checkpoint  # true takes the newest checkpoint of output_dir
+        found = any(Path(str(self.output_dir)).glob("checkpoint-*")) if resumed is True else True
+        if not found or (isinstance(resumed, str) and not Path(resumed).is_dir()):
+            raise ValueError(f"resume_from_checkpoint={resumed!r} finds nothing; give a checkpoint-N folder of a run")
 
     def to_json(self) -> dict[str, Any]:
         """The resolved values as plain JSON data, for the run folder."""
@@ -228,7 +205,10 @@ class StageConfig(GRPOConfig):
 
 
 class OneLineParser(TrlParser):
-    """TRL's parser of YAML files and flags, reporting an error as ``ValueError`` instead of printing the usage."""
+    """TRL's parser of YAML files and flags. Errors are ``ValueError``; flags are not to be abbreviated."""
+
+    def __init__(self, config_class: Any, **kwargs: Any):
+        super().__init__(config_class, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message.
@@ -251,13 +231,42 @@ def parse_config(program: str, words: Sequence[str]) -> StageConfig:
     """
     words = list(words)
     if words and not words[0].startswith("-"):
-        words[:1] = ["--config", words[0]]
-    config_class: Any = StageConfig
-    parser = OneLineParser(config_class, prog=program, usage="%(prog)s [CONFIG.yaml] [--KEY VALUE ...]")
+        words.insert(0, "--config")
+    if "--config" in words:
+        file = "".join(words[words.index("--config") + 1 :][:1])
+        _check_names(f"configuration {file!r}", _read_keys(file))
+    _check_names("the command line", [word[2:].split("=")[0] for word in words if word.startswith("--")])
+    parser = OneLineParser(StageConfig, prog=program, usage="%(prog)s [CONFIG.yaml] [--KEY VALUE ...]")
     try:
         (config,) = parser.parse_args_and_config(words)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{words[1]} is not valid YAML: {error}") from error
     except TypeError as error:
         raise ValueError(f"a value has the wrong type: {error}") from error
     return config
+
+
+def _read_keys(path: str) -> list[str]:
+    """Keys of a YAML mapping, read ahead of TRL's parser for the sake of the messages."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"configuration {path!r} cannot be read ({error.strerror}); give a YAML file or --key value"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path!r} is not valid YAML; correct it: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"configuration {path!r} holds {content!r:.60} instead of a YAML mapping; write one 'key: value' a line"
+        )
+    return [str(key) for key in content]
+
+
+def _check_names(where: str, names: Iterable[str]) -> None:
+    known = [option.name for option in fields(StageConfig)]
+    for name in names:
+        plain = name.replace("-", "_")
+        if plain in (*known, "config", "help") or plain.removeprefix("no_") in known:
+            continue
+        near = difflib.get_close_matches(plain, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "'stage train --help' lists them all"
+        raise ValueError(f"{where} has an unknown key {name!r}; {hint}")

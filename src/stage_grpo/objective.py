@@ -51,6 +51,20 @@ def num_groups(num_samples: int, num_generations: int) -> int:
     return num_samples // num_generations
 
 
+def weighted_sum(rewards: Float[Tensor, "N F"], weights: Float[Tensor, " F"]) -> Float[Tensor, " N"]:
+    """Total reward of each sample: ``sum_f w_f r_f`` over the rewards that could score it.
+
+    Args:
+        rewards: One column a reward function, NaN where it could not score a sample.
+        weights: One weight a reward function.
+
+    Returns:
+        Totals in reward units; NaN where no reward function could score the sample. As TRL sums them.
+    """
+    unscored = rewards.isnan().all(dim=1)
+    return (rewards * weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)
+
+
 def group_std(rewards: Float[Tensor, " N"], num_generations: int) -> Float[Tensor, " N"]:
     """Unbiased standard deviation of the rewards in each sample's group.
 

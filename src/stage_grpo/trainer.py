@@ -176,12 +176,12 @@ class StageTrainer(GRPOTrainer):
             if self.args.entropy_reward_weight:
                 rewards[:, -1] = self._entropy_rewards(rewards[:, :-1], policy_entropy, ref_entropy)
                 self._log("entropy_reward", rewards[:, -1])
-        self._total_rewards = _weighted_sum(rewards, self.reward_weights)
+        self._total_rewards = objective.weighted_sum(rewards, self.reward_weights)
         return rewards
 
     def _entropy_rewards(self, rewards: Tensor, policy_entropy: Tensor, ref_entropy: Tensor) -> Tensor:
         """STAGE's bonus for all N samples, NaN where no reward could score one."""
-        total = _weighted_sum(rewards, self.reward_weights[:-1])
+        total = objective.weighted_sum(rewards, self.reward_weights[:-1])
         bonus = entropy_reward(
             total,
             policy_entropy,
@@ -296,9 +296,3 @@ class StageTrainer(GRPOTrainer):
             self._metrics["train"]["memory/peak_mb"].append(peak_memory_mb())
             self._update_seconds = 0.0
         return loss
-
-
-def _weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
-    """Total reward of each sample; rewards that could not score it are left out, NaN where none could."""
-    unscored = rewards.isnan().all(dim=1)
-    return (rewards * weights.to(rewards)).nansum(dim=1).masked_fill(unscored, torch.nan)

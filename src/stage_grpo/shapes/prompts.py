@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -72,30 +73,33 @@ def rows(split: str) -> list[PromptRow]:
     return chosen
 
 
-def balanced_rows(split: str, num_per_category: int) -> list[PromptRow]:
-    """A balanced, fixed list of prompts, category by category.
+def mixed_rows(split: str, ratio: Sequence[int], num_rows: int) -> list[PromptRow]:
+    """A fixed list of prompts in a given mix, category by category.
 
-    Categories with fewer prompts than asked for repeat them; larger ones are cut after a fixed shuffle.
+    Categories with fewer prompts than their share repeat them; larger ones are cut after a fixed shuffle.
 
     Args:
         split: "train" or "heldout".
-        num_per_category: rows of each of the six categories, at least 1.
+        ratio: share of each of the six categories, in their order.
+        num_rows: rows in all, a multiple of the ratio's sum.
 
     Raises:
-        ValueError: unknown split, or `num_per_category` below 1.
+        ValueError: unknown split, not six shares of which one is above 0, or rows that do not divide.
     """
-    if num_per_category < 1:
-        raise ValueError(f"num_per_category={num_per_category} must be at least 1")
+    if len(ratio) != len(CATEGORIES) or min(ratio) < 0 or sum(ratio) == 0:
+        raise ValueError(f"ratio={list(ratio)} must give a share of 0 or more to each of {', '.join(CATEGORIES)}")
+    if num_rows < 1 or num_rows % sum(ratio):
+        raise ValueError(f"{num_rows} rows cannot be mixed as {list(ratio)}: use a multiple of {sum(ratio)}")
     chosen = []
-    for tag in CATEGORIES:
+    for tag, share in zip(CATEGORIES, ratio):
         pool = sorted(rows_of(tag, split), key=lambda row: _digest("evaluation", row.prompt))
-        chosen += [pool[i % len(pool)] for i in range(num_per_category)]
+        chosen += [pool[i % len(pool)] for i in range(share * num_rows // sum(ratio))]
     return chosen
 
 
 def evaluation_rows(num_per_category: int) -> list[PromptRow]:
-    """Balanced held-out prompts: see :func:`balanced_rows`."""
-    return balanced_rows("heldout", num_per_category)
+    """The held-out prompts that are scored, as many of each category: see :func:`mixed_rows`."""
+    return mixed_rows("heldout", [1] * len(CATEGORIES), num_per_category * len(CATEGORIES))
 
 
 def rows_of(tag: str, split: str) -> list[PromptRow]:

@@ -1,0 +1,1 @@
+"""Prompt sets: GenEval-style training prompts of our own making, and the official files, fetched from their homes."""

@@ -1,0 +1,101 @@
+"""Download one file over HTTP: continue where the last attempt stopped, try again when the line fails."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+_CHUNK = 1 << 16
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_RANGE_PAST_END = 416
+_LINE_FAILURES = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to put up with a bad line.
+
+    Attributes:
+        attempts: Tries in all.
+        first_wait: Seconds before the second try; doubled before each further one.
+        timeout: Seconds without a byte after which a try has failed.
+    """
+
+    attempts: int = 5
+    first_wait: float = 1.0
+    timeout: float = 30.0
+
+
+def download(url: str, part: Path, label: str, patience: Patience | None = None) -> None:
+    """Brings ``part`` up to the whole content of ``url``, showing a progress bar on a terminal.
+
+    Bytes that ``part`` already holds are taken for the beginning of the content and not fetched again, if the
+    server can do that; whoever calls checks the result. After an error ``part`` keeps what came.
+
+    Args:
+        url: An http or https address.
+        part: File to append to; its folder exists.
+        label: What the progress bar calls it.
+        patience: Tries and waits.
+
+    Raises:
+        OSError: The content cannot be had, or ``part`` cannot be written; the message says which and why.
+    """
+    patience = patience or Patience()
+    problem = ""
+    for attempt in range(patience.attempts):
+        time.sleep(patience.first_wait * 2 ** (attempt - 1) if attempt else 0)
+        try:
+            _append(url, part, label, patience.timeout)
+            return
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code} {error.reason}"
+            if error.code == _RANGE_PAST_END:
+                part.unlink(missing_ok=True)
+            elif error.code not in _TRANSIENT:
+                break
+        except _LINE_FAILURES as error:
+            reason = getattr(error, "reason", error)
+            problem = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+            # Without a name server there is no line to wait for.
+            if isinstance(reason, socket.gaierror):
+                break
+        except OSError as error:
+            raise OSError(f"cannot save {url} as {part} ({error.strerror})") from error
+    raise OSError(f"cannot download {url} ({problem})")
+
+
+def _append(url: str, part: Path, label: str, timeout: float) -> None:
+    """One try: append the rest of the content to ``part``, or all of it if the server sends no ranges."""
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "stage-grpo"} | ({"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
+        continued = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if response.status == http.client.PARTIAL_CONTENT and not continued:
+            part.unlink()
+            raise http.client.HTTPException("the server sent another range than it was asked for")
+        start = start if response.status == http.client.PARTIAL_CONTENT else 0
+        length = response.headers.get("Content-Length")
+        end = None if length is None else start + int(length)
+        with part.open("ab" if start else "wb") as sink:
+            _copy(response, sink, start, end, label)
+        # http.client ends a body that was cut short as if it were whole.
+        got = part.stat().st_size
+        if end is not None and got < end:
+            raise http.client.HTTPException(f"the connection was cut after {got} of {end} bytes")
+
+
+def _copy(response: http.client.HTTPResponse, sink: IO[bytes], start: int, end: int | None, label: str) -> None:
+    with tqdm(desc=label, initial=start, total=end, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        while chunk := response.read1(_CHUNK):
+            sink.write(chunk)
+            bar.update(len(chunk))

@@ -1,0 +1,160 @@
+"""Fetch official prompt files into a cache, every byte checked, and find them again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from stage_grpo.prompt_sets.download import Patience, download
+from stage_grpo.prompt_sets.sources import PromptSet, RemoteFile, get_prompt_set
+
+
+def cache_folder() -> Path:
+    """Folder of the fetched sets: ``$STAGE_DATA``, else ``stage-grpo/data`` in the user's cache folder."""
+    chosen = os.environ.get("STAGE_DATA")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "stage-grpo" / "data"
+
+
+def fetch(
+    prompt_set: PromptSet,
+    folder: Path | None = None,
+    source: Path | None = None,
+    patience: Patience | None = None,
+) -> list[Path]:
+    """Makes a prompt set present: every file whole and with its checksum, or not there at all.
+
+    Files that are present and right are left alone, so a second call needs no network.
+
+    Args:
+        prompt_set: What to fetch; see ``sources.PROMPT_SETS``.
+        folder: Where its files go; by default its own folder in :func:`cache_folder`.
+        source: Copy from here instead of the network: the file itself, or a folder that holds the files under
+            their names here or at home.
+        patience: Tries and waits of a download.
+
+    Returns:
+        The files, in the set's order.
+
+    Raises:
+        ValueError: A file with the wrong checksum, already there or newly arrived (both checksums are named; a new
+            one is not kept), or ``source`` lacks a file.
+        OSError: The network, or the folder, does not let us; the message says where a file may be put by hand.
+    """
+    folder = folder or cache_folder() / prompt_set.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {folder} ({error.strerror}); choose another by --out") from error
+    return [_fetch_file(prompt_set, file, folder, source, patience) for file in prompt_set.files]
+
+
+def locate(name: str, folder: Path | None = None) -> list[Path]:
+    """Files of a set that was fetched before, in the set's order. Never uses the network.
+
+    Args:
+        name: Name of the set.
+        folder: Where its files are, if not in the cache.
+
+    Raises:
+        ValueError: Unknown set, or a file of it is missing or altered; the message says how to fetch it.
+    """
+    prompt_set = get_prompt_set(name)
+    place = folder or cache_folder() / name
+    state = presence(prompt_set, place)
+    if state != "present":
+        where = f" --out {folder}" if folder else ""
+        raise ValueError(f"prompt set {name!r} is {state} in {place}; get it by: stage data fetch {name}{where}")
+    return [place / file.name for file in prompt_set.files]
+
+
+def presence(prompt_set: PromptSet, folder: Path | None = None) -> str:
+    """Whether a set is "present", "missing", "incomplete" or "altered" (a file with another checksum)."""
+    folder = folder or cache_folder() / prompt_set.name
+    there = [file for file in prompt_set.files if (folder / file.name).is_file()]
+    if any(sha256_of(folder / file.name) != file.sha256 for file in there):
+        return "altered"
+    if not there:
+        return "missing"
+    return "present" if len(there) == len(prompt_set.files) else "incomplete"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch_file(
+    prompt_set: PromptSet, file: RemoteFile, folder: Path, source: Path | None, patience: Patience | None
+) -> Path:
+    target = folder / file.name
+    if target.exists():
+        _check(target, file, f"{target} is not the official file", "remove it to fetch it again")
+        return target
+    # Named after its checksum, so that bytes of another version are never continued.
+    part = folder / f".{file.name}.{file.sha256[:12]}.part"
+    if source is not None:
+        _copy_file(prompt_set, file, source, part)
+    else:
+        _download_file(file, part, target, patience)
+    part.replace(target)
+    return target
+
+
+def _copy_file(prompt_set: PromptSet, file: RemoteFile, source: Path, part: Path) -> None:
+    found = _find_in(source, prompt_set, file)
+    try:
+        shutil.copyfile(found, part)
+        _check(part, file, f"{found} is not the official file", f"get it from {file.url}")
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _find_in(source: Path, prompt_set: PromptSet, file: RemoteFile) -> Path:
+    if source.is_file() and len(prompt_set.files) == 1:
+        return source
+    if source.is_file():
+        names = ", ".join(file.name for file in prompt_set.files)
+        raise ValueError(f"--from {source} is one file; give the folder that holds {names}")
+    names = (file.name, file.upstream_name)
+    places = [folder / name for folder in (source, source / prompt_set.name) for name in names]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(f"--from {source} holds no {' or '.join(dict.fromkeys(names))}; get it from {file.url}")
+    return found
+
+
+def _download_file(file: RemoteFile, part: Path, target: Path, patience: Patience | None) -> None:
+    by_hand = f"get it elsewhere and put it at {target}, or pass it by --from PATH"
+    continued = part.exists()
+    if continued and sha256_of(part) == file.sha256:
+        return
+    try:
+        download(file.url, part, file.name, patience)
+        if continued and sha256_of(part) != file.sha256:
+            # What lay there may have been wrong from the start; only a fresh copy tells.
+            part.unlink()
+            download(file.url, part, file.name, patience)
+    except OSError as error:
+        raise OSError(f"{error}; {by_hand}") from error
+    try:
+        _check(part, file, f"what {file.url} sent is not the official file", by_hand)
+    except ValueError:
+        part.unlink()
+        raise
+
+
+def _check(path: Path, file: RemoteFile, problem: str, remedy: str) -> None:
+    found = sha256_of(path)
+    if found != file.sha256:
+        raise ValueError(f"{problem}: its SHA-256 is {found}, not {file.sha256}; {remedy}")
