@@ -11,6 +11,7 @@ from original_janus import tiny_weights, write_as_bin, write_original
 from stage_grpo.checkpoints import as_transformers, configs, convert
 from stage_grpo.checkpoints.command import main_convert
 from stage_grpo.checkpoints.layout import CODES_USED
+from stage_grpo.checkpoints.shards import read_tensors
 from stage_grpo.policy import load_policy
 
 
@@ -53,6 +54,13 @@ def test_folder_that_is_no_conversion_is_not_replaced(weights, tmp_path):
     (tmp_path / "original.transformers").mkdir()
     with pytest.raises(ValueError, match="is no earlier conversion and is not replaced; move it away"):
         as_transformers(source)
+
+
+def test_pytorch_files_of_before_2020_are_read(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    read = dict(read_tensors(tmp_path / "old.bin"))
+    assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 # What is refused

@@ -109,7 +109,7 @@ def _translate(original: dict[str, Any], token_ids: dict[str, int]) -> JanusConf
         vision_config=_vision_config(params["vision"], params["aligner"]),
         vq_config=_vq_config(params["gen_vision"], params["gen_aligner"], params["gen_head"]),
         image_token_id=token_ids["image"],
-        # JanusConfig's own default, True, would overwrite the text head with the text embedding.
+        # JanusConfig's own default is True: the next tie_weights() would put the text embedding over the text head.
         tie_word_embeddings=tied,
         architectures=["JanusForConditionalGeneration"],
     )

@@ -33,7 +33,7 @@ def _aligner(original: str, transformers: str) -> list[tuple[str, str]]:
 def _image_codec(half: str, levels: str, resample: str) -> list[tuple[str, str]]:
     """Encoder or decoder of the VQ model."""
     original, transformers = f"gen_vision_model.{half}.", f"model.vqmodel.{half}."
-    middle = [("mid.0.", "mid.block_2."), ("mid.1.", "mid.attn_1."), ("mid.2.", "mid.block_1.")]
+    middle = [("mid.0.", "mid.block_1."), ("mid.1.", "mid.attn_1."), ("mid.2.", "mid.block_2.")]
     blocks = [
         ("conv_blocks.#.res.#.", f"{levels}.#.block.#."),
         ("conv_blocks.#.attn.#.", f"{levels}.#.attn.#."),
