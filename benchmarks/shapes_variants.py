@@ -64,10 +64,21 @@ def read(folder: Path) -> dict[str, float]:
 
 
 def table(out: Path, seeds: list[int]) -> str:
-    columns = (
-        "variant, strict after (each seed), mean, gain over before: mean, paired 95 % intervals of the gain, "
-        "minus GRPO (each seed), held-out only, graded, KL, entropy gap, unique images, mean M, s a step"
-    ).split(", ")
+    columns = [
+        "variant",
+        "strict after (each seed)",
+        "mean",
+        "mean gain",
+        "paired 95 % intervals of the gain",
+        "minus GRPO (each seed)",
+        "held-out only",
+        "graded",
+        "KL",
+        "entropy gap",
+        "unique images",
+        "mean M",
+        "s a step",
+    ]
     lines = [row(columns), row(["---"] * len(columns))]
     grpo = [read(out / "grpo" / str(seed)) for seed in seeds]
     for variant in VARIANTS:

@@ -3,12 +3,12 @@
 import os
 import sys
 
-from conftest import PROMPTS
 from datasets import Dataset
-from test_trainer import brightness, config
 
+from conftest import PROMPTS
 from stage_grpo.policy import load_policy
 from stage_grpo.trainer import StageTrainer
+from test_trainer import brightness, config
 
 if __name__ == "__main__":
     checkpoint, folder, images_per_process = sys.argv[1:]

@@ -17,6 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["types"],
     ["objective", "similarity", "entropy"],
+    ["checkpoints", "prompt_sets"],
     ["policy"],
     ["sampling", "rollout", "generation"],
     ["config", "trl_seams", "trainer", "training", "demo"],
@@ -26,7 +27,7 @@ LAYERS = [
 
 ON_IMAGES = ["rewards", "evaluation", "statistics", "scores", "report", "charts", "before_after", "image_folders"]
 """These work on finished images, whatever made them, so they never reach a policy."""
-MODEL_SIDE = {part for layer in LAYERS[2:] for part in layer}
+MODEL_SIDE = {part for layer in LAYERS[3:] for part in layer}
 
 
 def part_of(path):

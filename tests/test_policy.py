@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS
 from transformers import AutoModelForImageTextToText, JanusForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
+from conftest import PROMPTS
 from stage_grpo.policy import left_pad, load_policy
 from stage_grpo.policy.base import guide, positions
 

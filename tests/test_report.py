@@ -34,9 +34,7 @@ def write_run(folder: Path, weights: bool = True) -> Path:
     config = {"learning_rate": 2e-4, "clip": [0.0, 1.0], "nothing": None, "note": "<script>x</script>"}
     run = {"config": config, "versions": {"torch": "2.13.0"}, "seed": 7, "commit": None}
     (folder / "run.json").write_text(json.dumps(run))
-    rows = [
-        {"step": t, "reward": t / 10, "kl": None if t == 3 else 0.01 * t, "step_time": 10.5} for t in range(1, 7)
-    ]
+    rows = [{"step": t, "reward": t / 10, "kl": None if t == 3 else 0.01 * t, "step_time": 10.5} for t in range(1, 7)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in (2, 6):
         sheet = Image.new("RGB", (8, 8))

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from test_policy import logits_of
 
 from stage_grpo.policy import left_pad
 from stage_grpo.rollout import bytes_per_row, decode_images, prefill, rollout
 from stage_grpo.sampling import Sampling, image_uniforms, sample_codes
+from test_policy import logits_of
 
 GUIDED = Sampling(guidance_scale=3.0)
 

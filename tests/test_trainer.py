@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
-from conftest import PROMPTS
 from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from conftest import PROMPTS
 from stage_grpo import objective
 from stage_grpo.config import PRESETS, StageConfig
 from stage_grpo.policy import load_policy
@@ -313,9 +313,7 @@ def test_tied_groups_get_no_advantage_and_no_kl_where_asked(checkpoint, tmp_path
     def tied(images, prompts, metadata):
         return [1.0] * 4 + [0.0, 1.0, 2.0, 3.0]
 
-    stage = trainer_for(
-        checkpoint, tmp_path, reward=tied, kl_on_zero_variance=False, entropy_reward_weight=0.0
-    )
+    stage = trainer_for(checkpoint, tmp_path, reward=tied, kl_on_zero_variance=False, entropy_reward_weight=0.0)
     stage.model.train()
     rows = [dict(row) for row in stage.train_dataset.select(range(2)) for _ in range(4)]
     batch = stage._generate_and_score_completions(rows)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fde", "#e07b39", "#2a9d6f", "#8459c9", "#8a93a3"
@@ -60,7 +61,7 @@ def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str]
             axes.plot(steps, moving_average(values, window), style, color=color, linewidth=1.7, label=name)
         _tidy(axes)
         axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", useOffset=False)
         if len(series) > 1:
             # Above the plot, where no line can run through it.

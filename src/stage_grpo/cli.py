@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-
-from safetensors import SafetensorError
 
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {}
 
@@ -49,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         COMMANDS[name][1](f"stage {name}", words[len(name.split()) :])
-    except (ValueError, OSError, SafetensorError) as error:
-        torn = isinstance(error, SafetensorError)
-        message = f"the checkpoint's weights are torn, fetch or save them again: {error}" if torn else str(error)
-        message = " ".join(message.split("\n"))
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split("\n"))
         print(f"stage {name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -89,7 +86,7 @@ def _generate(program: str, words: list[str]) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="images of each prompt (1)")
     parser.add_argument("--batch-size", type=int, help="images at a time (what fits)")
     parser.add_argument("--seed", type=int, default=0, help="seed (0)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="classifier-free guidance (5)")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (the checkpoint's own, else 5)")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature (1)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes (all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes of this share (all)")
@@ -104,16 +101,15 @@ def _generate(program: str, words: list[str]) -> None:
     from stage_grpo.types import PromptRow
 
     _hide_loading_bars()
-    if Path(options.out).is_file():
-        raise ValueError(f"--out {options.out} is a file; name a folder, which need not exist")
-    sampling = Sampling(options.guidance_scale, options.temperature, options.top_k, options.top_p)
     rows = load_rows(options.prompts) if options.prompts else [PromptRow(options.prompt, {})]
+    given = 5.0 if options.guidance_scale is None else options.guidance_scale
+    sampling = Sampling(given, options.temperature, options.top_k, options.top_p)  # wrong values end before loading
     policy = load_policy(options.model, options.dtype)
-    tokenizer = load_tokenizer(policy)
-    policy.encode_prompts(tokenizer, [row.prompt for row in rows], options.prompt_template)  # wrong ones end here
+    if options.guidance_scale is None and policy.default_guidance_scale is not None:
+        sampling = dataclasses.replace(sampling, guidance_scale=policy.default_guidance_scale)
     out = generate(
         policy,
-        tokenizer,
+        load_tokenizer(policy),
         rows,
         options.out,
         sampling,
@@ -159,6 +155,13 @@ def _demo(program: str, words: list[str]) -> None:
 
     _hide_loading_bars()
     print(run_demo(_parse(DemoConfig, program, words)))
+
+
+@command("convert", "convert a checkpoint between DeepSeek's and transformers' format")
+def _convert(program: str, words: list[str]) -> None:
+    from stage_grpo.checkpoints.command import main_convert
+
+    print(main_convert(program, words))
 
 
 @command("shapes pretrain", "make the tiny Janus of the shapes world from nothing")

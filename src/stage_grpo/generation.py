@@ -73,17 +73,11 @@ def generate(
         The folder.
 
     Raises:
-        ValueError: If the folder is not empty, there are no prompts, or a number is out of range.
+        ValueError: If the folder is not empty, a prompt is empty or there are none, or a number is out of range.
     """
     out = Path(out)
-    if not rows:
-        raise ValueError("there are no prompts to generate images for")
-    if num_images < 1 or seed < 0 or (batch_size is not None and batch_size < 1):
-        raise ValueError(
-            f"num_images={num_images} and batch_size={batch_size} must be at least 1, and seed={seed} at least 0"
-        )
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out={str(out)!r} is not empty; choose another folder or remove it")
+    policy.encode_prompts(tokenizer, [row.prompt for row in rows], prompt_template)  # wrong prompts end here
+    _check_job(rows, out, num_images, seed, batch_size)
     jobs = [(i, k) for i in range(len(rows)) for k in range(num_images)]
     batch_size = batch_size or _fitting_batch(policy, sampling)
     pending: dict[int, list[Image.Image]] = {}
@@ -98,6 +92,19 @@ def generate(
                     write_prompt_folder(out, i, {**rows[i].metadata, "prompt": rows[i].prompt}, pending.pop(i))
             bar.update(len(batch))
     return out
+
+
+def _check_job(rows: Sequence[PromptRow], out: Path, num_images: int, seed: int, batch_size: int | None) -> None:
+    if not rows:
+        raise ValueError("there are no prompts to generate images for")
+    if num_images < 1 or seed < 0 or (batch_size is not None and batch_size < 1):
+        raise ValueError(
+            f"num_images={num_images} and batch_size={batch_size} must be at least 1, and seed={seed} at least 0"
+        )
+    if out.is_file():
+        raise ValueError(f"out={str(out)!r} is a file; name a folder, which need not exist")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out={str(out)!r} is not empty; choose another folder or remove it")
 
 
 def _fitting_batch(policy: ImagePolicy, sampling: Sampling) -> int:

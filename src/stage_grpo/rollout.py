@@ -5,7 +5,7 @@
 batch. Log-probabilities and entropies come from the logits that sampling computes anyway, in float32.
 
 Randomness enters as an argument: one uniform number a token, drawn by ``sampling.image_uniforms`` from a stream of
-its own for every image. A rollout can therefore be replayed, and an image does not depend on the batch it was sampled in.
+its own for every image. A rollout can therefore be replayed, and an image does not depend on the batch it came in.
 """
 
 from __future__ import annotations

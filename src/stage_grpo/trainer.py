@@ -39,7 +39,6 @@ from stage_grpo.trl_seams import (
     sample_images,
 )
 
-
 # The project pins what it relies on in tests/test_trl_seams.py, so TRL's reminder that it may change is noise.
 warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
 

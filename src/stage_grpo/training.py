@@ -43,7 +43,7 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
     _check_prompts(config, train_rows, eval_rows)
     rewards = [build_reward(name, _options(config).get(name)) for name in config.rewards or []]
     policy = load_policy(str(config.model), config.dtype, config.attn_implementation)
-    processor = AutoProcessor.from_pretrained(str(config.model))  # saved last, but better missed first
+    processor = AutoProcessor.from_pretrained(policy.config.name_or_path)  # saved last, but better missed first
     _try_rewards(rewards, [*train_rows, *eval_rows], policy.image_size)
     trainer = StageTrainer(
         policy,

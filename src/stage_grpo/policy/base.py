@@ -149,6 +149,11 @@ class ImagePolicy(abc.ABC):
     def freeze(self) -> None:
         """Leave only the language model trainable."""
 
+    @property
+    def default_guidance_scale(self) -> float | None:
+        """Guidance the checkpoint was made to be sampled with, if its generation config says so."""
+        return getattr(getattr(self, "generation_config", None), "guidance_scale", None)
+
     # ---- what is the same for all -----------------------------------------------------------------------------
 
     @property

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedConfig
 
+from stage_grpo.checkpoints import as_transformers
 from stage_grpo.policy.base import ImagePolicy
 
 POLICIES = {"janus": "stage_grpo.policy.janus:JanusPolicy"}
@@ -21,7 +23,8 @@ def load_policy(
     """Load an image policy.
 
     Args:
-        model: Folder in transformers format, or hub name.
+        model: Folder in transformers format or in DeepSeek's original one, which is converted once into a cache beside
+            it; or a hub name in transformers format.
         dtype: Dtype of the weights, e.g. ``"float32"`` or ``"bfloat16"``.
         attn_implementation: As in transformers (``"sdpa"``, ``"flash_attention_2"``, ...).
 
@@ -32,9 +35,10 @@ def load_policy(
     # A name with at most one slash that is no folder may be a hub name; anything else must be a folder.
     if path.exists() or path.is_absolute() or str(model).count("/") > 1 or str(model).startswith("."):
         _check_checkpoint(path)
+        model = as_transformers(path)
     try:
-        model_type = AutoConfig.from_pretrained(str(model)).model_type
-    except (OSError, ValueError, KeyError) as error:
+        model_type = PreTrainedConfig.get_config_dict(str(model))[0].get("model_type")
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"model={str(model)!r} is neither a checkpoint folder nor a reachable hub name: {error}"
         ) from error
@@ -43,7 +47,10 @@ def load_policy(
     module, name = POLICIES[model_type].split(":")
     policy_class: Any = getattr(import_module(module), name)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    return policy_class.from_pretrained(str(model), dtype=dtype, **options)
+    try:
+        return policy_class.from_pretrained(str(model), dtype=dtype, **options)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of model={str(model)!r} are torn, fetch or save them again: {error}") from error
 
 
 def load_tokenizer(policy: ImagePolicy, model: str | Path | None = None) -> Any:
