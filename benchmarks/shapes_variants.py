@@ -22,11 +22,12 @@ VARIANTS = ("grpo", "grpo_entropy", "grpo_reweighting", "stage", "grpo_equal_str
 LAST_STEPS = 10
 
 
-def run(variant: str, seed: int, out: Path, threads: int) -> None:
+def run(variant: str, seed: int, out: Path, threads: int, max_steps: int) -> None:
     folder = out / variant / str(seed)
     if (folder / "summary.json").exists():
         return
     words = ["demo", "--recipe", f"configs/shapes/{variant}.yaml", "--seed", str(seed), "--out", str(folder)]
+    words += ["--max_steps", str(max_steps)]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
         subprocess.run(
@@ -107,10 +108,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/variants"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max-steps", type=int, default=100, help="steps of every run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, sharing the cores")
     options = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [(variant, seed) for seed in options.seeds for variant in VARIANTS]
-        list(pool.map(lambda job: run(*job, options.out, threads), jobs))
+        list(pool.map(lambda job: run(*job, options.out, threads, options.max_steps), jobs))
     print(table(options.out, options.seeds))

@@ -32,7 +32,7 @@ WIDTH = 192
 NUM_CODES = 512
 CODE_DIM = 8
 NUM_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 1.5
 """Guidance that the shipped policy is sampled with; stored in its generation config."""
 SPECIAL_TOKENS = {
     "bos_token": "<｜begin▁of▁sentence｜>",  # noqa: RUF001
