@@ -52,7 +52,7 @@ WRONG_KEYS = {
     "reward without its metadata": ({"train_prompts": "prompts.txt"}, "'a photo of a cross'", "name at least one"),
     "evaluation of nothing": ({"eval_strategy": "steps"}, "eval_prompts is not set", "set it"),
     "missing checkpoint": ({"model": "./absent"}, "model='absent'", "give a transformers-format checkpoint"),
-    "torn weights": ({"model": "./torn"}, "weights are torn", "fetch or save them again"),
+    "torn weights": ({"model": "./torn"}, "the weights of model='torn' are torn", "fetch or save them again"),
     "wrong resolution": ({"image_size": 384}, "image_size=384", "48 px (36 tokens); use another checkpoint"),
     "output is a file": ({"output_dir": "one.txt"}, "output_dir='one.txt'", "name a folder"),
     "nothing to resume": (
@@ -75,7 +75,7 @@ WRONG_WORDS = {
     "blank prompt": ("generate --model M --out out --prompts blank.csv", "blank.csv, line 2", "fill the column"),
     "kind of file": ("generate --model M --out out --prompts run.yaml", "'.yaml'", "use .txt, .jsonl or .csv"),
     "full folder": ("generate --model M --out full --prompt a", "out='full'", "choose another folder"),
-    "file as folder": ("generate --model M --out one.txt --prompt a", "--out one.txt", "name a folder"),
+    "file as folder": ("generate --model M --out one.txt --prompt a", "out='one.txt'", "name a folder"),
     "no images": ("generate --model M --out out --prompt a --num-images 0", "num_images=0", "at least 1"),
     "template": ("generate --model M --out out --prompt a --prompt-template x", "prompt_template='x'", "use one of"),
     "benchmark": ("evaluate --benchmark imagenet --images full", "'imagenet'", "known are shapes"),

@@ -51,7 +51,6 @@ def generate(
     seed: int = 0,
     batch_size: int | None = None,
     prompt_template: str = "janus",
-    progress: bool = True,
 ) -> Path:
     """Generate images of prompts into a folder in GenEval's layout (see ``stage_grpo.image_folders``).
 
@@ -67,7 +66,6 @@ def generate(
         seed: Seed of the run.
         batch_size: Images sampled at a time; by default what the memory budget allows, at most 256.
         prompt_template: A name in ``PROMPT_TEMPLATES``.
-        progress: Whether to show a progress bar.
 
     Returns:
         The folder.
@@ -81,7 +79,7 @@ def generate(
     jobs = [(i, k) for i in range(len(rows)) for k in range(num_images)]
     batch_size = batch_size or _fitting_batch(policy, sampling)
     pending: dict[int, list[Image.Image]] = {}
-    with tqdm(total=len(jobs), unit="img", desc="generate", disable=not progress) as bar:
+    with tqdm(total=len(jobs), unit="img", desc="generate") as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             prompts, keys = [rows[i].prompt for i, _ in batch], [(seed, i, k) for i, k in batch]
