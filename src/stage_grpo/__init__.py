@@ -6,7 +6,12 @@ Names are imported on first use, so that ``import stage_grpo.objective`` costs t
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stage_grpo.config import StageConfig
+    from stage_grpo.policy.janus import JanusPolicy
+    from stage_grpo.trainer import StageTrainer
 
 __version__ = "0.1.0"
 
@@ -14,7 +19,6 @@ _HOMES = {
     "JanusPolicy": "stage_grpo.policy.janus",
     "StageConfig": "stage_grpo.config",
     "StageTrainer": "stage_grpo.trainer",
-    "rollout": "stage_grpo.rollout",
 }
 
 __all__ = ["JanusPolicy", "StageConfig", "StageTrainer", "__version__"]
