@@ -6,12 +6,7 @@ Names are imported on first use, so that ``import stage_grpo.objective`` costs t
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from stage_grpo.config import StageConfig
-    from stage_grpo.policy.janus import JanusPolicy
-    from stage_grpo.trainer import StageTrainer
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -21,10 +16,12 @@ _HOMES = {
     "StageTrainer": "stage_grpo.trainer",
 }
 
-__all__ = ["JanusPolicy", "StageConfig", "StageTrainer", "__version__"]
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
