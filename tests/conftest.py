@@ -11,6 +11,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+from original_janus import tiny_weights, write_original
+from stage_grpo.checkpoints import convert
 from stage_grpo.config import StageConfig
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.shapes import tiny
@@ -57,3 +59,16 @@ def tokenizer(policy):
 def prompt_ids(policy, tokenizer):
     """Twelve rows: four prompts of different length, three images each."""
     return [ids for ids in policy.encode_prompts(tokenizer, PROMPTS) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Tensors of a tiny Janus under DeepSeek's names."""
+    return tiny_weights()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, weights):
+    """Folder of the same in transformers' format, made by the conversion."""
+    folder = tmp_path_factory.mktemp("converted")
+    return convert(write_original(folder / "original", weights), folder / "transformers")

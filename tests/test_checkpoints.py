@@ -17,7 +17,6 @@ from original_janus import (
     copy_folder,
     everything,
     fixture_of,
-    tiny_weights,
     weight,
     write_as_bin,
     write_original,
@@ -28,17 +27,6 @@ from stage_grpo.checkpoints.shards import weight_files
 from stage_grpo.policy import load_policy, load_tokenizer
 
 IDS = {"bos": 100000, "eos": 100001, "pad": 100015, "image": 100581, "boi": 100016}
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return tiny_weights()
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory, weights):
-    folder = tmp_path_factory.mktemp("converted")
-    return convert(write_original(folder / "original", weights), folder / "transformers")
 
 
 # What belongs where

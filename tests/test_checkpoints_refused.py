@@ -7,24 +7,12 @@ import pytest
 import torch
 from transformers import JanusConfig
 
-from original_janus import tiny_weights, write_as_bin, write_original
+from original_janus import write_as_bin, write_original
 from stage_grpo.checkpoints import as_transformers, configs, convert
 from stage_grpo.checkpoints.command import main_convert
 from stage_grpo.checkpoints.layout import CODES_USED
 from stage_grpo.checkpoints.shards import read_tensors
 from stage_grpo.policy import load_policy
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return tiny_weights()
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory, weights):
-    folder = tmp_path_factory.mktemp("converted")
-    return convert(write_original(folder / "original", weights), folder / "transformers")
-
 
 # The cache
 

@@ -175,14 +175,6 @@ def encode(vqmodel: Any, pixels: Float[Tensor, "batch 3 height width"]) -> Int[T
     return vqmodel.encode(pixels, return_dict=True).image_tokens.view(len(pixels), -1)
 
 
-@torch.no_grad()
-def round_trip_error(vqmodel: Any, pixels: Float[Tensor, "batch 3 height width"]) -> float:
-    """Mean absolute error of decoded pictures on shapes and one pixel around them, in [-1, 1] units."""
-    shown = vqmodel.decode(encode(vqmodel, pixels))
-    weight = foreground_weight(pixels, 2.0) - 1.0
-    return float(((shown - pixels).abs() * weight).sum() / (weight.sum() * pixels.shape[1]))
-
-
 def train_tokenizer(vqmodel: JanusVQVAE, config: PretrainConfig, folder: Path) -> float:
     """Train an image tokenizer in place, resuming from `folder` where an earlier run left off.
 
