@@ -55,11 +55,9 @@ WRONG_KEYS = {
     "torn weights": ({"model": "./torn"}, "the weights of model='torn' are torn", "fetch or save them again"),
     "wrong resolution": ({"image_size": 384}, "image_size=384", "48 px (36 tokens); use another checkpoint"),
     "output is a file": ({"output_dir": "one.txt"}, "output_dir='one.txt'", "name a folder"),
-    "nothing to resume": (
-        {"resume_from_checkpoint": "absent"},
-        "resume_from_checkpoint='absent'",
-        "give a checkpoint",
-    ),
+    "resuming by another name": ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint='x'", "set resume: auto"),
+    "no reference to replace": ({"ref_model": "x", "use_peft": True}, "ref_model='x'", "train without adapters"),
+    "average of nothing": ({"ema_decay": 1.0}, "ema_decay=1.0", "between 0 and 1"),
 }
 
 WRONG_WORDS = {

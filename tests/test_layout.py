@@ -20,7 +20,7 @@ LAYERS = [
     ["checkpoints", "prompt_sets"],
     ["policy"],
     ["sampling", "rollout", "generation"],
-    ["config", "trl_seams", "trainer", "training", "demo"],
+    ["config", "preflight", "trl_seams", "trainer", "training", "demo"],
     ["cli"],
 ]
 """Each line may import the lines above it and its own."""

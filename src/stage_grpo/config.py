@@ -19,7 +19,6 @@ from trl import GRPOConfig, TrlParser
 
 from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.presets import CHOICES, NOT_NEGATIVE, PRESETS, UNSUPPORTED
-from stage_grpo.rewards.registry import build_reward
 from stage_grpo.sampling import Sampling
 
 
@@ -47,6 +46,10 @@ class StageConfig(GRPOConfig):
     eval_prompts: str | None = _option(None, "Prompt file to evaluate on during training.")
     prompt_template: str = _option("janus", "Text around a prompt: janus (DeepSeek's) or t2i_r1.")
     image_size: int | None = _option(None, "Expected image size in pixels; checked against the checkpoint.")
+
+    # Reference policy and averaged weights
+    ref_model: str | None = _option(None, "Checkpoint of the reference policy; None: the one trained from.")
+    ema_decay: float | None = _option(None, "Keep an exponential moving average of the weights, e.g. 0.999.")
 
     # LoRA
     use_peft: bool = _option(False, "Train LoRA adapters; the reference is the model without them.")
@@ -85,6 +88,9 @@ class StageConfig(GRPOConfig):
     kl_on_zero_variance: bool | None = _option(None, "Whether groups without an advantage still feel the KL.")
     min_reward_std: float | None = _option(None, "Groups whose rewards spread no more get advantage 0.")
 
+    # Resuming
+    resume: str = _option("auto", "auto (newest whole checkpoint of output_dir), a checkpoint folder, or never.")
+
     # Logging
     sample_steps: int = _option(10, "Save a grid of sampled images every so many steps; 0 never.")
     logging_steps: float = _option(1, "Log every so many steps.")
@@ -117,7 +123,7 @@ class StageConfig(GRPOConfig):
         self._check_values()
         self._check_method()
         self._check_rewards()
-        self._check_paths()
+        self._check_reference()
 
     @property
     def sampling(self) -> Sampling:
@@ -182,22 +188,20 @@ class StageConfig(GRPOConfig):
         for name in options:
             if name not in names:
                 raise ValueError(f"reward_options names {name!r}, which is not among rewards={names}")
-        for name in names:
-            build_reward(name, options.get(name))
         if names and self.reward_weights is not None and len(self.reward_weights) != len(names):
             raise ValueError(f"reward_weights={self.reward_weights} must have one weight for each of rewards={names}")
 
-    def _check_paths(self) -> None:
-        for name in ("train_prompts", "eval_prompts"):
-            value = getattr(self, name)
-            if value is not None and not Path(value).is_file():
-                raise ValueError(f"{name}={value!r} is not a readable file; give a .txt, .jsonl or .csv of prompts")
-        if self.output_dir and Path(self.output_dir).is_file():
-            raise ValueError(f"output_dir={self.output_dir!r} is a file; name a folder, which need not exist")
-        resumed: Any = self.resume_from_checkpoint  # true takes the newest checkpoint of output_dir
-        found = any(Path(str(self.output_dir)).glob("checkpoint-*")) if resumed is True else True
-        if not found or (isinstance(resumed, str) and not Path(resumed).is_dir()):
-            raise ValueError(f"resume_from_checkpoint={resumed!r} finds nothing; give a checkpoint-N folder of a run")
+    def _check_reference(self) -> None:
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, e.g. 0.999, or be left out")
+        for name in ("ref_model", "sync_ref_model"):
+            if getattr(self, name) and self.use_peft:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with use_peft, whose reference is the model without "
+                    f"its adapters; leave {name} out, or train without adapters"
+                )
+            if getattr(self, name) and self.beta == 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not used with beta=0; set beta above 0")
 
     def to_json(self) -> dict[str, Any]:
         """The resolved values as plain JSON data, for the run folder."""

@@ -60,6 +60,7 @@ UNSUPPORTED = {
     "mask_truncated_completions": (False, "images have no end token, so every one would be masked"),
     "generation_kwargs": (None, "set guidance_scale, temperature, top_k, top_p or min_p instead"),
     "repetition_penalty": (1.0, "it has no meaning for image codes"),
+    "resume_from_checkpoint": (None, "set resume: auto, a checkpoint folder, or never"),
     "log_completions": (False, "completions are image codes; set sample_steps to see images instead"),
 }
 """TRL options that make no sense for images: value that must stay, and why."""

@@ -11,8 +11,8 @@ from transformers import AutoProcessor, TrainerCallback
 from stage_grpo.config import StageConfig
 from stage_grpo.data import load_rows, to_dataset
 from stage_grpo.policy import load_policy, load_tokenizer
+from stage_grpo.preflight import build_rewards, check_files
 from stage_grpo.rewards.base import Reward
-from stage_grpo.rewards.registry import build_reward
 from stage_grpo.trainer import StageTrainer
 from stage_grpo.types import PromptRow
 
@@ -37,11 +37,12 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
     for name in ("model", "train_prompts", "rewards"):
         if getattr(config, name) is None:
             raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")
+    check_files(config)
+    rewards = build_rewards(config)
     out = Path(str(config.output_dir))
     train_rows = load_rows(str(config.train_prompts))
     eval_rows = load_rows(config.eval_prompts) if config.eval_prompts else []
     _check_prompts(config, train_rows, eval_rows)
-    rewards = [build_reward(name, _options(config).get(name)) for name in config.rewards or []]
     policy = load_policy(str(config.model), config.dtype, config.attn_implementation)
     processor = AutoProcessor.from_pretrained(policy.config.name_or_path)  # saved last, but better missed first
     _try_rewards(rewards, [*train_rows, *eval_rows], policy.image_size)
@@ -55,7 +56,7 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
         callbacks,
         peft_config=_lora(config) if config.use_peft else None,
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train()
     trainer.save_model(str(out))
     if trainer.accelerator.is_main_process:
         processor.save_pretrained(out)
@@ -83,10 +84,6 @@ def _try_rewards(rewards: list[Reward], rows: list[PromptRow], image_size: int) 
                 reward.score([Image.new("RGB", (image_size, image_size))], [row.prompt], [row.metadata])
             except ValueError as error:
                 raise ValueError(f"reward {reward.name!r} cannot score the prompt {row.prompt!r}: {error}") from error
-
-
-def _options(config: StageConfig) -> dict[str, Any]:
-    return config.reward_options if isinstance(config.reward_options, dict) else {}
 
 
 def _lora(config: StageConfig) -> Any:
