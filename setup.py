@@ -9,6 +9,7 @@ CORE = [
     "accelerate>=1.15,<2",
     "datasets>=5.2,<6",
     "filelock>=3.18,<5",
+    "httpx2>=2,<3",
     "huggingface_hub>=2.4,<3",
     "jaxtyping>=0.3.11,<1",
     "jinja2>=3.1,<4",
@@ -17,6 +18,7 @@ CORE = [
     "numpy>=2.4,<3",
     "peft>=0.21,<1",
     "pillow>=13,<14",
+    "psutil>=7,<8",
     "pyyaml>=6,<7",
     "safetensors>=0.8,<1",
     "scipy>=1.17,<2",
@@ -27,8 +29,13 @@ CORE = [
     # The trainer overrides methods of TRL: tests/test_trl_seams.py says which, so widen this bound only with it.
     "trl>=1.16,<1.17",
 ]
+DEEPSPEED = ["deepspeed>=0.19,<1"]
 TENSORBOARD = ["tensorboard>=2.21,<3"]
 WANDB = ["wandb>=0.31,<1"]
+# Rewards. None of them needs torchvision; iqa alone (pyiqa) brings it.
+OCR = ["onnxruntime>=1.31,<2", "opencv-python-headless>=5.0,<6", "rapidfuzz>=3.14,<4", "rapidocr>=3.10,<4"]
+SERVER = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
+IQA = ["pyiqa>=0.1.16,<0.2"]
 DEV = [
     "beartype>=0.23,<1",
     "pre-commit>=4.7,<5",
@@ -36,9 +43,22 @@ DEV = [
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.5,<0.18",
+    *DEEPSPEED,
+    *OCR,
+    *SERVER,
     *TENSORBOARD,
     *WANDB,
 ]
+EXTRAS = {
+    "deepspeed": DEEPSPEED,
+    "dev": DEV,
+    "iqa": IQA,
+    "ocr": OCR,
+    "rewards": [*OCR, *SERVER],
+    "server": SERVER,
+    "tensorboard": TENSORBOARD,
+    "wandb": WANDB,
+}
 
 setup(
     name="stage-grpo",
@@ -63,6 +83,6 @@ setup(
     packages=find_packages("src"),
     package_data={"stage_grpo": ["py.typed", "templates/*.j2"]},
     install_requires=CORE,
-    extras_require={"deepspeed": ["deepspeed>=0.19,<1"], "dev": DEV, "tensorboard": TENSORBOARD, "wandb": WANDB},
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["stage = stage_grpo.cli:main"]},
 )

@@ -1,30 +1,99 @@
-"""Trains the tiny Janus for two steps in however many processes it is started with; run by test_distributed.py."""
+"""Trains the tiny Janus in however many processes it is started with; run by test_distributed.py.
 
+How the weights are spread over the processes comes from the environment that `accelerate launch` makes of a file in
+configs/accelerate, exactly as on GPUs. What stands in for the GPUs themselves is in `without_gpus` and `arguments`.
+"""
+
+import json
 import os
 import sys
+from pathlib import Path
 
+import torch
+import transformers.training_args
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
 
 from conftest import PROMPTS
 from stage_grpo.policy import load_policy
 from stage_grpo.trainer import StageTrainer
+from stage_grpo.training import LORA_TARGETS
 from test_trainer import brightness, config
 
-if __name__ == "__main__":
-    checkpoint, folder, images_per_process = sys.argv[1:]
-    args = config(
-        folder,
-        per_device_train_batch_size=int(images_per_process),
-        num_generations=8,
-        max_steps=2,
-        optim="sgd",
-        learning_rate=0.5,
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-        use_cpu=True,
-        sample_steps=1,
-        guidance_in_scoring=True,
-    )
+DEEPSPEED = "ACCELERATE_USE_DEEPSPEED" in os.environ
+FSDP = "ACCELERATE_USE_FSDP" in os.environ
+
+
+def without_gpus():
+    """Take GPUs for granted where the libraries ask for them."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    if DEEPSPEED:
+        import deepspeed.ops
+
+        # DeepSpeed would compile an all-reduce of its own for CPUs; without it, it takes gloo's.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
+
+def arguments(folder, **changes):
+    values = {
+        "num_generations": 8,
+        "max_steps": 4,
+        "optim": "adamw_torch",
+        # A large epsilon makes Adam's step proportional to the gradient, so that rounding errors stay as small as they
+        # are, and the optimizer still has a state that a checkpoint must hold.
+        "adam_epsilon": 1.0,
+        "learning_rate": 0.1,
+        "gradient_checkpointing": True,
+        "guidance_in_scoring": True,
+        # Rounding can tip a draw that falls between two codes, and a different image follows. Few codes, few edges.
+        "top_k": 2,
+        "sample_steps": 1,
+        "bf16": False,
+        "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None,
+        "use_cpu": not (DEEPSPEED or FSDP),  # with it, accelerate would silently switch sharding off
+    }
+    args = config(folder, **{**values, **changes})
+    if FSDP:
+        # accelerate shards between GPUs only, and goes by this name alone.
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        # The tiny matrices would all be too small to be worth sharding.
+        args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return args
+
+
+def share_held(model):
+    """Share of the trained weights that this process holds between two steps."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    held = [getattr(weight, "ds_tensor", getattr(weight, "_local_tensor", weight)).numel() for weight in weights]
+    return sum(held) / sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+
+
+def train(checkpoint, folder, resume=None, lora=False, **changes):
+    if lora and FSDP:
+        os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # accelerate's default
+    args = arguments(folder, **changes)
     rows = Dataset.from_dict({"prompt": PROMPTS, "metadata": ["{}"] * 4})
-    trainer = StageTrainer(load_policy(checkpoint), brightness, args, rows)
-    trainer.train()
-    trainer.save_model(folder)
+    adapters = LoraConfig(r=4, target_modules=LORA_TARGETS) if lora else None
+    held_out = rows.select([3]) if args.do_eval else None
+    trainer = StageTrainer(load_policy(checkpoint), brightness, args, rows, held_out, peft_config=adapters)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder))
+    if args.sync_ref_model:
+        reference = trainer.accelerator.get_state_dict(trainer.ref_model)
+        if trainer.accelerator.is_main_process:
+            save_file({name: tensor.clone() for name, tensor in reference.items()}, f"{folder}/reference.safetensors")
+    if trainer.accelerator.is_main_process:
+        Path(folder, "share_held.txt").write_text(str(share_held(trainer.model)))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    without_gpus()
+    for job in json.loads(sys.argv[1]):
+        train(**job)
+    # Without it, the process that ends first may bring the other down.
+    torch.distributed.destroy_process_group()

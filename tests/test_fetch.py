@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stage_grpo.data import load_rows
+from stage_grpo.download import Patience, download
 from stage_grpo.prompt_sets import command
-from stage_grpo.prompt_sets.download import Patience, download
 from stage_grpo.prompt_sets.fetch import cache_folder, fetch, locate, presence, sha256_of
 from stage_grpo.prompt_sets.sources import PROMPT_SETS, PromptSet, RemoteFile
 
@@ -148,7 +148,7 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
 
 def test_waits_double(server, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr("stage_grpo.prompt_sets.download.time.sleep", waits.append)
+    monkeypatch.setattr("stage_grpo.download.time.sleep", waits.append)
     server.plan = ["503"]
     with pytest.raises(OSError, match="HTTP 503"):
         download(server.url, tmp_path / "part", "p.txt", Patience(attempts=5, first_wait=1.0))

@@ -15,12 +15,13 @@ SOURCE = ROOT / "src" / "stage_grpo"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    ["types"],
+    ["types", "command_line"],
     ["objective", "similarity", "entropy"],
-    ["checkpoints", "prompt_sets"],
-    ["policy"],
-    ["sampling", "rollout", "generation"],
-    ["config", "preflight", "trl_seams", "trainer", "training", "demo"],
+    ["checkpoints", "prompt_sets", "run_checkpoints"],
+    ["policy", "shards", "averaging"],
+    ["sampling", "rollout", "generation", "merge"],
+    ["config", "preflight", "graceful_stop", "resuming", "resumable", "trl_seams", "trainer", "training", "demo"],
+    ["planning", "launch", "supervise"],
     ["cli"],
 ]
 """Each line may import the lines above it and its own."""

@@ -36,7 +36,10 @@ def test_train_command_of_the_readme_parses(monkeypatch):
     assert config.max_steps == 50 and config.learning_rate == 1e-4 and config.rewards == ["shapes"]
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = [path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate"]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES), ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = parse_config("stage train", [str(recipe)])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import os
+import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from stage_grpo.command_line import ArgumentParser
 
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {}
 
@@ -21,16 +25,6 @@ def command(name: str, summary: str) -> Callable[[Any], Any]:
         return function
 
     return register
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line and takes no abbreviated flags."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = " ".join(str(error).split("\n"))
         print(f"stage {name}: error: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"stage {name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _begins(words: list[str], name: str) -> bool:
@@ -72,12 +69,21 @@ def _train(program: str, words: list[str]) -> None:
     from stage_grpo.training import train
 
     _hide_loading_bars()
-    print(f"saved {train(parse_config(program, words))}")
+    result = train(parse_config(program, words))
+    if not result.is_main_process:
+        return
+    if result.stopped_by is None:
+        print(f"saved {result.folder}")
+    else:
+        # The last of several equal flags counts. A launcher's own words are not known here.
+        again = shlex.join([*program.split(), *words, "--resume", "auto"])
+        how = "the command that launched it" if "WORLD_SIZE" in os.environ else again
+        print(f"{result.stopped_by}: saved {result.folder}/checkpoint-{result.step}; continue with\n  {how}")
 
 
 @command("generate", "write images for prompts")
 def _generate(program: str, words: list[str]) -> None:
-    parser = _Parser(prog=program, description="Write images for prompts, in GenEval's folder layout.")
+    parser = ArgumentParser(prog=program, description="Write images for prompts, in GenEval's folder layout.")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt")
@@ -123,7 +129,7 @@ def _generate(program: str, words: list[str]) -> None:
 
 @command("evaluate", "score a folder of images on a benchmark")
 def _evaluate(program: str, words: list[str]) -> None:
-    parser = _Parser(prog=program, description="Score a folder of images on a benchmark.")
+    parser = ArgumentParser(prog=program, description="Score a folder of images on a benchmark.")
     parser.add_argument("--benchmark", required=True, help="name of the benchmark, e.g. shapes")
     parser.add_argument("--images", required=True, help="folder written by stage generate")
     parser.add_argument("--out", help="JSON file to write")
@@ -140,7 +146,7 @@ def _evaluate(program: str, words: list[str]) -> None:
 
 @command("report", "write the HTML report of a run folder")
 def _report(program: str, words: list[str]) -> None:
-    parser = _Parser(prog=program, description="Write report.html into a run folder.")
+    parser = ArgumentParser(prog=program, description="Write report.html into a run folder.")
     parser.add_argument("run", help="run folder")
     options = parser.parse_args(words)
 
@@ -157,11 +163,39 @@ def _demo(program: str, words: list[str]) -> None:
     print(run_demo(_parse(DemoConfig, program, words)))
 
 
+@command("plan", "memory, images, operations and disk of a run, before it starts")
+def _plan(program: str, words: list[str]) -> None:
+    from stage_grpo.planning.command import main_plan
+
+    print(main_plan(program, words))
+
+
+@command("launch", "check what a run needs, say what is missing, and start it on all GPUs")
+def _launch(program: str, words: list[str]) -> None:
+    from stage_grpo.launch import prepare_launch
+
+    launch = prepare_launch(program, words)
+    print(launch.describe())
+    if launch.is_dry:
+        return
+    if launch.lacking:
+        sys.exit(2)
+    launch.start()
+
+
 @command("convert", "convert a checkpoint between DeepSeek's and transformers' format")
 def _convert(program: str, words: list[str]) -> None:
     from stage_grpo.checkpoints.command import main_convert
 
     print(main_convert(program, words))
+
+
+@command("merge", "merge a LoRA adapter into its base and write a checkpoint")
+def _merge(program: str, words: list[str]) -> None:
+    from stage_grpo.merge import main_merge
+
+    _hide_loading_bars()
+    print(main_merge(program, words))
 
 
 @command("shapes pretrain", "make the tiny Janus of the shapes world from nothing")
@@ -173,7 +207,7 @@ def _shapes_pretrain(program: str, words: list[str]) -> None:
 
 @command("shapes prompts", "write prompts of the shapes world")
 def _shapes_prompts(program: str, words: list[str]) -> None:
-    parser = _Parser(prog=program, description="Write prompts of the shapes world as JSON lines.")
+    parser = ArgumentParser(prog=program, description="Write prompts of the shapes world as JSON lines.")
     parser.add_argument("--split", choices=("train", "heldout"), required=True, help="which prompts")
     parser.add_argument("--ratio", default="1:1:1:1:1:1", help="single:two:counting:colors:position:attributes")
     parser.add_argument("--num", type=int, default=600, help="prompts in all (600)")

@@ -1,13 +1,54 @@
-"""What a run needs of this machine before it starts: files and rewards."""
+"""What a run needs of this machine before it starts: files, weights, rewards, packages, GPUs, disk."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from stage_grpo.config import StageConfig
+from stage_grpo.policy.adapters import is_adapter
 from stage_grpo.rewards.base import Reward
-from stage_grpo.rewards.registry import build_reward
+from stage_grpo.rewards.registry import REWARDS, build_reward
+
+PROMPT_COMMANDS = {
+    "geneval_train.jsonl": "stage data build-geneval --ratio 0:1:7:1:4:5 --num 12800 --seed 0 --repeat --out {path}",
+    "t2i_r1/train.jsonl": "stage data fetch t2i_r1 --out {folder}",
+    "ocr_train.txt": "curl -L --create-dirs -o {path} https://raw.githubusercontent.com/yifan123/flow_grpo/"
+    "ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/ocr/train.txt",
+}
+"""How to get the prompt files that the shipped recipes name, by the end of their path."""
+
+
+class Missing(NamedTuple):
+    """One thing that a run needs and this machine lacks, and how to get it."""
+
+    what: str
+    remedy: str
+
+
+class Demand(NamedTuple):
+    """What a run asks of the machine beyond its files.
+
+    Attributes:
+        num_gpus: Processes on this machine, one GPU each.
+        disk_bytes: What the output folder may take.
+        uses_deepspeed: Whether DeepSpeed spreads it.
+        offloads: Whether DeepSpeed keeps weights and optimizer in the machine's memory.
+    """
+
+    num_gpus: int
+    disk_bytes: int
+    uses_deepspeed: bool
+    offloads: bool
 
 
 def check_files(config: StageConfig) -> None:
@@ -32,3 +73,145 @@ def build_rewards(config: StageConfig) -> list[Reward]:
     """
     options: dict[str, Any] = config.reward_options if isinstance(config.reward_options, dict) else {}
     return [build_reward(name, options.get(name)) for name in config.rewards or []]
+
+
+def missing(config: StageConfig, demand: Demand, num_visible_gpus: int) -> list[Missing]:
+    """Everything that stands between a configuration and its first step, in the order in which to get it.
+
+    Nothing is downloaded and no GPU is touched.
+
+    Args:
+        config: The configuration.
+        demand: What it asks of the machine, see :mod:`stage_grpo.planning`.
+        num_visible_gpus: GPUs of this machine.
+    """
+    return [
+        *_gpus(demand.num_gpus, num_visible_gpus),
+        *_packages(config, demand),
+        *_weights("model", config.model),
+        *(_weights("ref_model", config.ref_model) if config.ref_model else ()),
+        *_prompts(config),
+        *_rewards(config),
+        *_disk(config, demand),
+    ]
+
+
+def _gpus(wanted: int, visible: int) -> Iterator[Missing]:
+    if visible >= wanted:
+        return
+    fewer = f"--num-processes {visible} for fewer processes, or " if visible else ""
+    yield Missing(
+        f"{wanted} GPUs are wanted, {visible or 'none'} visible",
+        f"run on a machine with {wanted}; {fewer}`stage plan` says what fits; LoRA needs one: "
+        "configs/train/lora_1gpu.yaml (80 GB), lora_1gpu_1b.yaml (24 GB)",
+    )
+
+
+def _packages(config: StageConfig, demand: Demand) -> Iterator[Missing]:
+    if demand.uses_deepspeed and not _installed("deepspeed"):
+        yield Missing(
+            "DeepSpeed is not installed", "pip install 'stage-grpo[deepspeed]', or --accelerate-config fsdp2"
+        )
+    if demand.offloads:  # DeepSpeed compiles its optimizer for CPUs when it is first used
+        for program, remedy in (
+            ("g++", "install a C++ compiler, e.g. apt install g++"),
+            ("ninja", "pip install ninja"),
+        ):
+            if shutil.which(program) is None:
+                yield Missing(f"{program} is not on the PATH; DeepSpeed's offload compiles with it", remedy)
+    if config.attn_implementation == "flash_attention_2" and not _installed("flash_attn"):
+        yield Missing("flash-attn is not installed", "pip install flash-attn, or leave attn_implementation out")
+    trackers = config.report_to if isinstance(config.report_to, list) else [config.report_to]
+    for name in ("tensorboard", "wandb"):
+        if name in trackers and not _installed(name):
+            yield Missing(f"{name} is not installed", f"pip install 'stage-grpo[{name}]', or --report_to none")
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _weights(key: str, model: str | None) -> Iterator[Missing]:
+    if model is None:
+        yield Missing(f"{key} is not set", f"--{key} FOLDER_OR_HUB_NAME")
+        return
+    folder = Path(model)
+    if folder.is_dir():
+        lacking = [] if is_adapter(folder) else _lacking(folder)
+        if lacking:
+            yield Missing(f"{key} {model} lacks {', '.join(lacking)}", f"fetch or convert it again, or --{key} PATH")
+        return
+    try:
+        lacking = _lacking(Path(snapshot_download(model, local_files_only=True)))
+    except HFValidationError:
+        yield Missing(f"{key} {model} is no folder", f"--{key} PATH of a checkpoint folder")
+        return
+    except LocalEntryNotFoundError:
+        lacking = ["everything"]
+    if lacking:
+        yield Missing(
+            f"the weights of {key} {model} are neither a folder nor whole in the hub cache",
+            f"hf download {model}, or --{key} PATH of a folder with them (DeepSeek's own format does as well)",
+        )
+
+
+def _lacking(folder: Path) -> list[str]:
+    """Names of a checkpoint's files that are not there."""
+    if not (folder / "config.json").is_file():
+        return ["config.json"]
+    for index in sorted(folder.glob("*.index.json")):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(name for name in shards if not (folder / name).is_file())
+    whole = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    return [] if whole else ["its weights (*.safetensors)"]
+
+
+def _prompts(config: StageConfig) -> Iterator[Missing]:
+    for key in ("train_prompts", "eval_prompts"):
+        value = getattr(config, key)
+        if value is None:
+            if key == "train_prompts":
+                yield Missing(f"{key} is not set", f"--{key} FILE (.txt, .jsonl or .csv)")
+            continue
+        path = Path(value)
+        if path.is_file():
+            continue
+        commands = [command for end, command in PROMPT_COMMANDS.items() if path.as_posix().endswith(end)]
+        words = {"path": shlex.quote(str(path)), "folder": shlex.quote(str(path.parent))}
+        remedy = commands[0].format(**words) if commands else f"--{key} FILE; `stage data list` shows official sets"
+        yield Missing(f"{key} {value} is not there", remedy)
+
+
+def _rewards(config: StageConfig) -> Iterator[Missing]:
+    if not config.rewards:
+        yield Missing("rewards is not set", f"--rewards NAME, one of {', '.join(REWARDS)}, or module:function")
+    for name in config.rewards or []:
+        if name not in REWARDS and ":" not in name:
+            yield Missing(
+                f"the reward {name} is not part of this version",
+                f"use a version that has it, or --rewards module:function of your own (here: {', '.join(REWARDS)})",
+            )
+            continue
+        module = (REWARDS[name].target if name in REWARDS else name).partition(":")[0]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            yield Missing(
+                f"the reward {name} cannot be imported ({error})",
+                "install the package, or put the module's folder on PYTHONPATH",
+            )
+
+
+def _disk(config: StageConfig, demand: Demand) -> Iterator[Missing]:
+    folder = Path(str(config.output_dir)).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        yield Missing(f"output_dir {config.output_dir} cannot be made: {folder} is a file", "--output_dir FOLDER")
+        return
+    free = shutil.disk_usage(folder).free
+    if free < demand.disk_bytes:
+        yield Missing(
+            f"{config.output_dir} may take {demand.disk_bytes / 1e9:,.0f} GB, and {free / 1e9:,.0f} GB are free",
+            "--output_dir on a larger disk, a lower --save_total_limit, or --save_strategy no",
+        )

@@ -61,6 +61,7 @@ UNSUPPORTED = {
     "generation_kwargs": (None, "set guidance_scale, temperature, top_k, top_p or min_p instead"),
     "repetition_penalty": (1.0, "it has no meaning for image codes"),
     "resume_from_checkpoint": (None, "set resume: auto, a checkpoint folder, or never"),
+    "enable_jit_checkpoint": (False, "a signal ends the run after its step, with a checkpoint, in any case"),
     "log_completions": (False, "completions are image codes; set sample_steps to see images instead"),
 }
 """TRL options that make no sense for images: value that must stay, and why."""

@@ -20,13 +20,14 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from stage_grpo import objective
 from stage_grpo.config import StageConfig
 from stage_grpo.entropy import entropy_loss, entropy_reward
+from stage_grpo.gathering import ShardedTrainer, image_policy
 from stage_grpo.policy.loading import load_tokenizer
+from stage_grpo.resumable import ResumableTrainer
 from stage_grpo.rewards.base import Reward, RewardFunction, as_trl_reward
 from stage_grpo.run_folder import RunFolder, RunFolderCallback, StepProgress, StepSamples, peak_memory_mb
 from stage_grpo.token_weights import token_weights, unique_share
@@ -34,7 +35,6 @@ from stage_grpo.trl_seams import (
     check_policy,
     complete_args,
     entropy_placeholder,
-    image_policy,
     reference_of,
     sample_images,
 )
@@ -43,7 +43,7 @@ from stage_grpo.trl_seams import (
 warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
 
 
-class StageTrainer(GRPOTrainer):
+class StageTrainer(ShardedTrainer, ResumableTrainer):
     """GRPO for autoregressive image models, with STAGE's entropy reward and token weights.
 
     Args:
@@ -63,8 +63,6 @@ class StageTrainer(GRPOTrainer):
     """
 
     _tag_names = ("stage-grpo", "grpo")
-    args: Any  # a StageConfig: TRL's own annotations would hide its fields
-    model: Any
 
     def __init__(
         self,
@@ -90,7 +88,7 @@ class StageTrainer(GRPOTrainer):
         self._generation_seconds = self._update_seconds = 0.0
         self._scored: tuple[Tensor, Tensor] | None = None
         self._total_rewards: Tensor = torch.empty(0)
-        with reference_of(policy):
+        with reference_of(policy, args.ref_model, args.sync_ref_model):
             super().__init__(
                 model=model,
                 reward_funcs=functions,
@@ -197,7 +195,7 @@ class StageTrainer(GRPOTrainer):
         scored, self._scored = self._scored, None
         if self.args.entropy_loss_weight and scored is not None:
             output["ref_entropy"] = scored[1].mean(dim=1)
-        weights = self._token_weights(output["completion_ids"], output["advantages"])
+        weights = self._token_weights(inputs, output["completion_ids"], output["advantages"])
         output.update(weights)
         elapsed = time.perf_counter() - start
         self._generation_seconds += elapsed
@@ -206,13 +204,11 @@ class StageTrainer(GRPOTrainer):
         self._keep_samples(inputs, weights)
         return output
 
-    def _token_weights(self, codes: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    def _token_weights(self, rows: list[dict[str, Any]], codes: Tensor, advantages: Tensor) -> dict[str, Tensor]:
         """Weights of this process's tokens; groups may be split over processes, so codes are gathered first."""
-        policy = image_policy(self.accelerator.unwrap_model(self.model))
         all_codes = self._gather(codes)
-        weights = token_weights(
-            policy.code_vectors(all_codes), self._gather(advantages), self._total_rewards, self._group_size, self.args
-        )
+        vectors = self._gather(torch.stack([row["code_vectors"] for row in rows]))
+        weights = token_weights(vectors, self._gather(advantages), self._total_rewards, self._group_size, self.args)
         self._log("unique_images", unique_share(all_codes, self._group_size))
         for name, values in weights.items():
             if name != "advantages":

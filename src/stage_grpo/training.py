@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ from transformers import AutoProcessor, TrainerCallback
 
 from stage_grpo.config import StageConfig
 from stage_grpo.data import load_rows, to_dataset
+from stage_grpo.graceful_stop import GracefulStop
 from stage_grpo.policy import load_policy, load_tokenizer
+from stage_grpo.policy.adapters import check_no_adapter
 from stage_grpo.preflight import build_rewards, check_files
 from stage_grpo.rewards.base import Reward
+from stage_grpo.run_checkpoints import PARTIAL
 from stage_grpo.trainer import StageTrainer
 from stage_grpo.types import PromptRow
 
@@ -20,16 +25,33 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 """Linear layers of the language model alone: the vision tower has layers of the same names."""
 
 
-def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -> Path:
-    """Run one training and save the policy.
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        folder: The output folder: weights and processor in transformers format beside the files of
+            ``stage_grpo.run_folder``, and the averaged policy in ``ema/`` if one was kept. A run that was stopped
+            has no weights there yet, but a checkpoint to continue from.
+        stopped_by: What stopped the run before its end, e.g. ``"SIGTERM"``; None if it ended by itself.
+        step: Optimizer steps taken in all.
+        is_main_process: Whether this process is the one to report.
+    """
+
+    folder: Path
+    stopped_by: str | None
+    step: int
+    is_main_process: bool
+
+
+def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -> TrainingResult:
+    """Run one training, or the rest of one, and save the policy.
+
+    SIGTERM, SIGINT and SIGUSR1 end it after the current step, with a checkpoint.
 
     Args:
         config: The whole configuration.
         callbacks: Further callbacks.
-
-    Returns:
-        The output folder: weights and processor in transformers format beside the files of
-        ``stage_grpo.run_folder``.
 
     Raises:
         ValueError: If something the run needs is not configured or does not fit.
@@ -39,28 +61,55 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
             raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")
     check_files(config)
     rewards = build_rewards(config)
-    out = Path(str(config.output_dir))
     train_rows = load_rows(str(config.train_prompts))
     eval_rows = load_rows(config.eval_prompts) if config.eval_prompts else []
     _check_prompts(config, train_rows, eval_rows)
+    check_no_adapter("model", str(config.model))
     policy = load_policy(str(config.model), config.dtype, config.attn_implementation)
     processor = AutoProcessor.from_pretrained(policy.config.name_or_path)  # saved last, but better missed first
     _try_rewards(rewards, [*train_rows, *eval_rows], policy.image_size)
-    trainer = StageTrainer(
-        policy,
-        rewards,
-        config,
-        to_dataset(train_rows),
-        to_dataset(eval_rows) if eval_rows else None,
-        load_tokenizer(policy),
-        callbacks,
-        peft_config=_lora(config) if config.use_peft else None,
+    with GracefulStop() as stop:
+        trainer = StageTrainer(
+            policy,
+            rewards,
+            config,
+            to_dataset(train_rows),
+            to_dataset(eval_rows) if eval_rows else None,
+            load_tokenizer(policy),
+            [*(callbacks or []), stop],
+            peft_config=_lora(config) if config.use_peft else None,
+        )
+        stop.watch(trainer.accelerator)
+        trainer.train(resume_from_checkpoint={"auto": True, "never": None}.get(config.resume, config.resume))
+        stopped = stop.stopped_at is not None and trainer.state.global_step < trainer.state.max_steps
+        if not stopped:
+            _save(trainer, processor)
+    return TrainingResult(
+        Path(str(config.output_dir)),
+        (stop.received or "a signal") if stopped else None,
+        trainer.state.global_step,
+        trainer.accelerator.is_main_process,
     )
-    trainer.train()
-    trainer.save_model(str(out))
+
+
+def _save(trainer: StageTrainer, processor: Any) -> None:
+    """Save the policy into the output folder, file by file whole or not at all, and the averaged one beside it."""
+    out = Path(trainer.args.output_dir)
+    partial = out / PARTIAL / "final"
+    trainer.save_model(str(partial))
+    if trainer.averaging is not None:
+        with trainer.averaged():
+            trainer.save_model(str(partial / "ema"))
+    trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        processor.save_pretrained(out)
-    return out
+        for folder in [partial, *partial.glob("ema")]:
+            processor.save_pretrained(folder)
+        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+            target = out / path.relative_to(partial)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(partial.parent)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _check_prompts(config: StageConfig, train_rows: list[PromptRow], eval_rows: list[PromptRow]) -> None:

@@ -8,19 +8,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from peft import PeftModel
 from PIL import Image
-from trl.models import unwrap_model_for_generation
+from torch import Tensor
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import create_model_from_path
 
 from stage_grpo.config import StageConfig
+from stage_grpo.gathering import image_policy, with_whole_weights
 from stage_grpo.policy.base import ImagePolicy
-from stage_grpo.rollout import decode_images, rollout
+from stage_grpo.policy.loading import load_policy
+from stage_grpo.rollout import Rollout, decode_images, rollout
 from stage_grpo.sampling import image_uniforms
 
 if TYPE_CHECKING:
@@ -30,34 +30,28 @@ ENTROPY_REWARD = "entropy"
 """Name of the entropy reward's column among the reward functions."""
 
 
-def image_policy(model: Any) -> Any:
-    """Return the :class:`ImagePolicy` inside a possible PEFT wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
     """TRL's ``rollout_func``: sample and decode one image a prompt.
 
     Returns:
         ``prompt_ids``, ``completion_ids`` (codes) and ``logprobs`` as TRL asks, and for the rewards
-        ``generated_images`` (PIL, RGB) and ``policy_entropy`` (mean over the image's tokens, nats).
+        ``generated_images`` (PIL, RGB) and ``policy_entropy`` (mean over the image's tokens, nats). The trainer
+        measures similarity on ``code_vectors`` ((T, D), float32), read here because the codebook may be sharded.
     """
     args: Any = trainer.args
     outline = image_policy(trainer.accelerator.unwrap_model(trainer.model))
     prompt_ids = outline.encode_prompts(trainer.processing_class, prompts, args.prompt_template)
     uniforms = image_uniforms(trainer.rollout_keys(len(prompts)), outline.num_image_tokens)
     budget = None if args.rollout_memory_gb is None else int(args.rollout_memory_gb * 1e9)
-    with unwrap_model_for_generation(
-        trainer.model_wrapped,
-        trainer.accelerator,
-        gather_deepspeed3_params=args.ds3_gather_for_generation,
-        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-    ) as unwrapped:
-        policy = image_policy(unwrapped)
+
+    def draw(policy: Any) -> tuple[Rollout, list[Image.Image], Tensor]:
         with trainer.timed("rollout"), trainer.accelerator.autocast():
             sampled = rollout(policy, prompt_ids, uniforms, args.sampling, budget)
         with trainer.timed("decode"):
             images = [Image.fromarray(pixels) for pixels in decode_images(policy, sampled.codes, budget)]
+        return sampled, images, policy.code_vectors(sampled.codes)
+
+    sampled, images, vectors = with_whole_weights(trainer, draw)
     guided = args.guidance_in_scoring
     entropies = sampled.guided_entropies if guided else sampled.entropies
     return {
@@ -66,20 +60,83 @@ def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
         "logprobs": (sampled.guided_logps if guided else sampled.logps).tolist(),
         "generated_images": images,
         "policy_entropy": entropies.mean(dim=1).tolist(),
+        "code_vectors": list(vectors),
     }
 
 
 @contextmanager
-def reference_of(policy: ImagePolicy) -> Iterator[None]:
+def reference_of(policy: ImagePolicy, ref_model: str | None = None, synced: bool = False) -> Iterator[None]:
     """Let TRL build the reference as a policy of the same class.
 
     TRL looks the class up in the checkpoint's config, which names the plain transformers model: that one would score
     image codes with the text head, silently.
+
+    Args:
+        policy: The policy that is trained.
+        ref_model: Checkpoint of the reference, as :func:`stage_grpo.policy.load_policy` takes it; None: the one that
+            the policy came from.
+        synced: Whether weights of the policy will be mixed into the reference, so that all shapes must agree.
+
+    Raises:
+        ValueError: Inside, when the reference is built: if it cannot be loaded or is no model of the same images.
     """
     policy_class: Any = type(policy)
-    build = partial(create_model_from_path, architecture=policy_class)
+
+    def build(source: str, **options: Any) -> Any:
+        if ref_model is None:
+            reference = create_model_from_path(source, architecture=policy_class, **options)
+        else:
+            reference = _load_reference(ref_model, options.get("dtype", "float32"), options.get("attn_implementation"))
+            check_reference(reference, policy, ref_model, synced)
+        # Guided scoring blanks prompts with the pad token, which the policy may owe to its tokenizer.
+        reference.config.get_text_config().pad_token_id = policy.config.get_text_config().pad_token_id
+        return reference
+
     with mock.patch.object(grpo_trainer, "create_model_from_path", build):
         yield
+
+
+def _load_reference(ref_model: str, dtype: Any, attn_implementation: str | None) -> Any:
+    try:
+        return load_policy(ref_model, dtype, attn_implementation)
+    except ValueError as error:
+        raise ValueError(f"ref_model={ref_model!r} cannot be the reference policy: {error}") from error
+
+
+def check_reference(reference: ImagePolicy, policy: ImagePolicy, ref_model: str, synced: bool = False) -> None:
+    """Refuse a reference whose log-probabilities would not be of the policy's prompts and images.
+
+    Args:
+        reference: The reference as loaded.
+        policy: The policy that is trained.
+        ref_model: Where the reference came from, for the message.
+        synced: As in :func:`reference_of`.
+
+    Raises:
+        ValueError: If the two differ in family, codebook size, number of image tokens or vocabulary size; for a synced
+            reference, in any shape.
+    """
+    sizes = [_sizes(reference, synced), _sizes(policy, synced)]
+    for name in dict.fromkeys([*sizes[1], *sizes[0]]):
+        found, wanted = (size.get(name, "none") for size in sizes)
+        if found != wanted:
+            raise ValueError(
+                f"ref_model={ref_model!r} does not go with the policy {policy.config.name_or_path!r}: its {name} is "
+                f"{found}, that of the policy {wanted}; give a checkpoint of the same family and sizes"
+            )
+
+
+def _sizes(policy: ImagePolicy, with_parameters: bool) -> dict[str, Any]:
+    sizes = {
+        "class": type(policy).__name__,
+        "codebook size": policy.get_output_embeddings().out_features,
+        "number of image tokens": policy.num_image_tokens,
+        "vocabulary size": policy.config.get_text_config().vocab_size,
+    }
+    if with_parameters:  # under ZeRO-3 the shape of a parameter is kept apart from what this process holds of it
+        named: Any = policy
+        sizes |= {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.named_parameters()}
+    return sizes
 
 
 def entropy_placeholder(prompts: list[str], **_: Any) -> list[float]:
@@ -121,8 +178,8 @@ def check_policy(policy: Any, args: StageConfig) -> None:
             f"image_size={args.image_size}, but this checkpoint makes images of {policy.image_size} px "
             f"({policy.num_image_tokens} tokens); use another checkpoint or leave image_size unset"
         )
-    if args.beta != 0 and not policy.config.name_or_path:
+    if args.beta != 0 and args.ref_model is None and not policy.config.name_or_path:
         raise ValueError(
             "the reference policy is loaded from where the policy came from, and this one came from memory; "
-            "save it with save_pretrained and load it again, or set beta=0"
+            "name its checkpoint as ref_model, save it with save_pretrained and load it again, or set beta=0"
         )

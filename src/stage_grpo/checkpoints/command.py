@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import NoReturn
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+from stage_grpo.command_line import ArgumentParser
 
 
 def main_convert(program: str, words: list[str]) -> str:
@@ -27,7 +19,7 @@ def main_convert(program: str, words: list[str]) -> str:
         ValueError: If the words or the checkpoint are wrong, see `stage_grpo.checkpoints.convert`.
         OSError: If the destination cannot be written.
     """
-    parser = _Parser(prog=program, description="Convert a Janus or Janus-Pro checkpoint between two formats.")
+    parser = ArgumentParser(prog=program, description="Convert a Janus or Janus-Pro checkpoint between two formats.")
     parser.add_argument("src", help="checkpoint folder")
     parser.add_argument("dst", help="folder to write")
     parser.add_argument("--to", choices=("transformers", "original"), default="transformers", help="(transformers)")

@@ -77,7 +77,8 @@ class _ImageBackbone:
         return getattr(self._policy.inner_model, name)
 
 
-class ImagePolicy(abc.ABC):
+# Not abc.ABC: FSDP2 exchanges the class of a model for a subclass, which Python refuses where a base has slots.
+class ImagePolicy(metaclass=abc.ABCMeta):
     """An autoregressive image model as the rollout and TRL's GRPO trainer see it.
 
     A sequence is P text tokens, left-padded, the last of which begins the image, followed by T image codes (plain

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from stage_grpo.command_line import ArgumentParser
 from stage_grpo.prompt_sets.fetch import cache_folder, fetch, presence
 from stage_grpo.prompt_sets.geneval_prompts import (
     PLURALS,
@@ -19,13 +18,6 @@ from stage_grpo.prompt_sets.geneval_prompts import (
 from stage_grpo.prompt_sets.sources import PROMPT_SETS, get_prompt_set
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def main_build_geneval(program: str, words: Sequence[str]) -> str:
     """Write GenEval-style training prompts: ``--ratio 0:1:7:1:4:5 --num N --seed S --out FILE``.
 
@@ -33,7 +25,7 @@ def main_build_geneval(program: str, words: Sequence[str]) -> str:
         ValueError: A wrong word or value, or a category with too few prompts.
         OSError: The file cannot be written.
     """
-    parser = _Parser(
+    parser = ArgumentParser(
         prog=program,
         description="Write GenEval-style training prompts as JSON lines, never one of the benchmark's own.",
     )
@@ -71,7 +63,7 @@ def main_fetch(program: str, words: Sequence[str]) -> str:
         ValueError: A wrong word, an unknown set, or a file with the wrong checksum.
         OSError: The network or a folder does not let us.
     """
-    parser = _Parser(prog=program, description="Fetch an official prompt set, its checksums verified.")
+    parser = ArgumentParser(prog=program, description="Fetch an official prompt set, its checksums verified.")
     parser.add_argument("name", help=f"one of {', '.join(PROMPT_SETS)}")
     parser.add_argument("--out", metavar="DIR", help="folder for its files (a folder of its own in the cache)")
     parser.add_argument(
@@ -93,7 +85,9 @@ def main_list(program: str, words: Sequence[str]) -> str:
     Raises:
         ValueError: A word that is not known.
     """
-    parser = _Parser(prog=program, description="List the official prompt sets: state, licence, source and place.")
+    parser = ArgumentParser(
+        prog=program, description="List the official prompt sets: state, licence, source and place."
+    )
     parser.add_argument("--dir", help="folder that holds a folder for each set (the cache)")
     options = parser.parse_args(list(words))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
-from stage_grpo.prompt_sets.download import Patience, download
+from stage_grpo.download import Patience, check_sha256, download_checked, sha256_of
 from stage_grpo.prompt_sets.sources import PromptSet, RemoteFile, get_prompt_set
 
 
@@ -83,29 +82,20 @@ def presence(prompt_set: PromptSet, folder: Path | None = None) -> str:
     return "present" if len(there) == len(prompt_set.files) else "incomplete"
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _fetch_file(
     prompt_set: PromptSet, file: RemoteFile, folder: Path, source: Path | None, patience: Patience | None
 ) -> Path:
     target = folder / file.name
     if target.exists():
-        _check(target, file, f"{target} is not the official file", "remove it to fetch it again")
+        check_sha256(target, file.sha256, f"{target} is not the official file", "remove it to fetch it again")
         return target
     # Named after its checksum, so that bytes of another version are never continued.
     part = folder / f".{file.name}.{file.sha256[:12]}.part"
     if source is not None:
         _copy_file(prompt_set, file, source, part)
     else:
-        _download_file(file, part, target, patience)
+        by_hand = f"get it elsewhere and put it at {target}, or pass it by --from PATH"
+        download_checked(file.url, part, file.name, file.sha256, by_hand, patience)
     part.replace(target)
     return target
 
@@ -114,7 +104,7 @@ def _copy_file(prompt_set: PromptSet, file: RemoteFile, source: Path, part: Path
     found = _find_in(source, prompt_set, file)
     try:
         shutil.copyfile(found, part)
-        _check(part, file, f"{found} is not the official file", f"get it from {file.url}")
+        check_sha256(part, file.sha256, f"{found} is not the official file", f"get it from {file.url}")
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -132,29 +122,3 @@ def _find_in(source: Path, prompt_set: PromptSet, file: RemoteFile) -> Path:
     if found is None:
         raise ValueError(f"--from {source} holds no {' or '.join(dict.fromkeys(names))}; get it from {file.url}")
     return found
-
-
-def _download_file(file: RemoteFile, part: Path, target: Path, patience: Patience | None) -> None:
-    by_hand = f"get it elsewhere and put it at {target}, or pass it by --from PATH"
-    continued = part.exists()
-    if continued and sha256_of(part) == file.sha256:
-        return
-    try:
-        download(file.url, part, file.name, patience)
-        if continued and sha256_of(part) != file.sha256:
-            # What lay there may have been wrong from the start; only a fresh copy tells.
-            part.unlink()
-            download(file.url, part, file.name, patience)
-    except OSError as error:
-        raise OSError(f"{error}; {by_hand}") from error
-    try:
-        _check(part, file, f"what {file.url} sent is not the official file", by_hand)
-    except ValueError:
-        part.unlink()
-        raise
-
-
-def _check(path: Path, file: RemoteFile, problem: str, remedy: str) -> None:
-    found = sha256_of(path)
-    if found != file.sha256:
-        raise ValueError(f"{problem}: its SHA-256 is {found}, not {file.sha256}; {remedy}")

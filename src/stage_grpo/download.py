@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import socket
 import ssl
@@ -33,6 +34,69 @@ class Patience:
     attempts: int = 5
     first_wait: float = 1.0
     timeout: float = 30.0
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, sha256: str, problem: str, remedy: str) -> None:
+    """Refuse a file whose bytes are not the expected ones.
+
+    Args:
+        path: The file.
+        sha256: What its SHA-256 must be, or begin with.
+        problem: What it means if it is not.
+        remedy: What to do then.
+
+    Raises:
+        ValueError: Another checksum; both are named.
+    """
+    found = sha256_of(path)
+    if not found.startswith(sha256):
+        shown = sha256 if len(sha256) == len(found) else f"{sha256}..."
+        raise ValueError(f"{problem}: its SHA-256 is {found}, not {shown}; {remedy}")
+
+
+def download_checked(
+    url: str, part: Path, label: str, sha256: str, by_hand: str, patience: Patience | None = None
+) -> None:
+    """Download as :func:`download`, and keep the result only if its checksum is right.
+
+    Args:
+        url: An http or https address.
+        part: File to write; its folder exists, and what it holds already is continued.
+        label: What the progress bar calls it.
+        sha256: What the content's SHA-256 must be, or begin with; empty for unknown.
+        by_hand: How else to get the file, for the message.
+        patience: Tries and waits.
+
+    Raises:
+        ValueError: The content has another checksum; it is not kept.
+        OSError: The content cannot be had, or ``part`` cannot be written.
+    """
+    continued = part.exists()
+    if continued and sha256 and sha256_of(part).startswith(sha256):
+        return
+    try:
+        download(url, part, label, patience)
+        if continued and not sha256_of(part).startswith(sha256):
+            # What lay there may have been wrong from the start; only a fresh copy tells.
+            part.unlink()
+            download(url, part, label, patience)
+    except OSError as error:
+        raise OSError(f"{error}; {by_hand}") from error
+    try:
+        check_sha256(part, sha256, f"what {url} sent is not the official file", by_hand)
+    except ValueError:
+        part.unlink()
+        raise
 
 
 def download(url: str, part: Path, label: str, patience: Patience | None = None) -> None:

@@ -1,0 +1,147 @@
+"""How much a run does: images, tokens, operations, bytes on disk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from stage_grpo.data import load_rows
+from stage_grpo.planning.setting import Setting
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does. Operations are those of matrix products, a multiplication and an addition counting as two.
+
+    Attributes:
+        num_steps: Optimizer steps; None if they follow from a prompt file that is not there.
+        images_per_step: Images of all processes in one step.
+        prompts_per_step: Groups of them.
+        rollout_flops: Operations to sample a step's images.
+        reference_flops: Operations to score them with the reference.
+        update_flops: Operations of forward and backward passes over them.
+        checkpoint_bytes: Size of one checkpoint.
+        num_checkpoints: Checkpoints that stand on the disk at most, the one being written among them.
+        final_bytes: Size of the weights that the run leaves.
+    """
+
+    num_steps: int | None
+    images_per_step: int
+    prompts_per_step: int
+    rollout_flops: int
+    reference_flops: int
+    update_flops: int
+    checkpoint_bytes: int
+    num_checkpoints: int
+    final_bytes: int
+
+    @property
+    def flops_per_step(self) -> int:
+        """All operations of a step."""
+        return self.rollout_flops + self.reference_flops + self.update_flops
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the output folder may take."""
+        return self.num_checkpoints * self.checkpoint_bytes + self.final_bytes
+
+
+def work(run: Setting) -> Work:
+    """Count the work of a run."""
+    config = run.config
+    rollouts_used = config.num_iterations  # each rollout serves this many passes
+    images = run.num_gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps // rollouts_used
+    group = int(config.num_generations or 1)
+    prompts = images / group
+    image_flops = forward_flops(run)
+    passes = 2 if config.use_peft else 3  # weights that are not trained need no gradient of their own
+    recomputed = 1 if config.gradient_checkpointing else 0
+    steps = _num_steps(run, images // group)
+    return Work(
+        num_steps=steps,
+        images_per_step=images,
+        prompts_per_step=images // group,
+        rollout_flops=int(images * decode_flops(run) + prompts * prefill_flops(run)),
+        reference_flops=images * image_flops if config.beta != 0 else 0,
+        update_flops=images * rollouts_used * image_flops * (passes + recomputed),
+        checkpoint_bytes=_checkpoint_bytes(run),
+        num_checkpoints=_num_checkpoints(run, steps),
+        final_bytes=_weights_on_disk(run),
+    )
+
+
+def _branches(run: Setting) -> int:
+    return 2 if run.config.guidance_scale != 1 else 1
+
+
+def _attention(run: Setting, num_queries: int, num_keys: int) -> int:
+    """Scores and sums of all layers. The masks of padded prompts hide no work from the kernels."""
+    return 4 * run.sizes.text.num_hidden_layers * run.sizes.attention_width * num_queries * num_keys
+
+
+def prefill_flops(run: Setting) -> int:
+    """Operations to run one prompt, in all branches of the guidance, before its images are sampled."""
+    tokens = run.num_prompt_tokens
+    return _branches(run) * (2 * run.sizes.layers_matmul * tokens + _attention(run, tokens, tokens))
+
+
+def decode_flops(run: Setting) -> int:
+    """Operations to sample one image after its prompt, in all branches of the guidance.
+
+    The last code is not fed again; every code is drawn from the image head.
+    """
+    sizes, tokens = run.sizes, run.sizes.policy.num_image_tokens
+    fed = 2 * (sizes.layers_matmul + sizes.code_matmul) * (tokens - 1)
+    lengths = range(run.num_prompt_tokens + 1, run.num_prompt_tokens + tokens)
+    return _branches(run) * (fed + 2 * sizes.head_matmul * tokens + _attention(run, 1, sum(lengths)))
+
+
+def forward_flops(run: Setting) -> int:
+    """Operations to score one image once: prompt and codes through the language model, codes through the head."""
+    sizes, tokens = run.sizes, run.sizes.policy.num_image_tokens
+    last = run.sizes.policy.get_output_embeddings().weight.numel()
+    branch = 2 * (sizes.layers_matmul + sizes.head_matmul - last) * run.sequence + 2 * sizes.code_matmul * tokens
+    # Guidance mixes the inputs of the head's last layer, which therefore runs once.
+    return run.branches_scored * (branch + _attention(run, run.sequence, run.sequence)) + 2 * last * tokens
+
+
+def _num_steps(run: Setting, prompts_per_step: int) -> int | None:
+    config = run.config
+    if config.max_steps > 0:
+        return config.max_steps
+    try:
+        num_prompts = len(load_rows(str(config.train_prompts)))
+    except ValueError:
+        return None
+    return math.ceil(config.num_train_epochs * (num_prompts // prompts_per_step))
+
+
+def _weights_on_disk(run: Setting) -> int:
+    if run.config.use_peft:
+        return run.trainable * run.trainable_bytes
+    return run.trainable * run.trainable_bytes + run.frozen * run.frozen_bytes
+
+
+def _checkpoint_bytes(run: Setting) -> int:
+    """Weights, optimizer and averages; the rest is a few megabytes.
+
+    DeepSpeed writes, beside the whole weights and its optimizer's float32 states, the parameters that it holds: all of
+    them in ZeRO-2, the frozen ones in ZeRO-3, of adapters only the adapters.
+    """
+    trained = run.trainable * run.trainable_bytes
+    frozen = 0 if run.config.use_peft else run.frozen * run.frozen_bytes
+    averages = 4 * run.trainable if run.config.ema_decay is not None else 0
+    size = _weights_on_disk(run) + averages
+    if not run.is_zero:
+        return size + 2 * trained
+    return size + 12 * run.trainable + frozen + (trained if run.parallel == "zero2" else 0)
+
+
+def _num_checkpoints(run: Setting, num_steps: int | None) -> int:
+    config = run.config
+    if config.save_strategy == "no":
+        return 0
+    every = config.save_steps if config.save_steps >= 1 else max(1, config.save_steps * (num_steps or 0))
+    written = math.ceil(num_steps / every) if num_steps else 1
+    limit = config.save_total_limit
+    return written if limit is None else min(limit + 1, written)

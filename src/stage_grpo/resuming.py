@@ -1,0 +1,109 @@
+"""Where a run continues from, and what is different about it this time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stage_grpo.run_checkpoints import defect, newest_whole
+
+logger = logging.getLogger(__name__)
+
+RUN_STATE = "run_state.json"
+"""File of a checkpoint with what the trainer's own files do not hold."""
+
+NEUTRAL = {
+    "output_dir", "run_name", "project", "trackio_space_id", "resume", "report_to", "disable_tqdm", "sample_steps",
+    "logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica",
+    "log_on_each_node", "include_num_input_tokens_seen", "save_steps", "save_strategy", "save_total_limit",
+    "save_on_each_node", "hub_token", "hub_model_id", "push_to_hub", "hub_strategy",
+    "hub_private_repo", "hub_revision", "hub_always_push", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout", "skip_memory_metrics",
+    "rollout_memory_gb", "ds3_gather_for_generation", "local_rank", "torch_empty_cache_steps", "use_cpu", "preset",
+}  # fmt: skip
+"""Keys that decide where and how often things are written, or how work is split: no number depends on them.
+
+The preset is among them because its values are compared one by one."""
+
+_SCHEDULE = {"max_steps", "num_train_epochs"}
+"""Keys that decide when to stop; they move numbers only through the learning-rate schedule."""
+
+
+def checkpoint_to_resume(run: Path, wish: str) -> Path | None:
+    """Find the checkpoint that a run is to continue from. Reads and hashes it, so ask in one process.
+
+    Args:
+        run: Output folder of the run.
+        wish: ``auto`` for the newest whole checkpoint of the run, ``never``, or a checkpoint folder.
+
+    Returns:
+        A whole checkpoint, or None to begin at the beginning.
+
+    Raises:
+        ValueError: If a checkpoint is named that is missing or not whole, or if the run has checkpoints and none of
+            them is whole.
+    """
+    if wish == "never":
+        return None
+    if wish != "auto":
+        return _named(Path(wish))
+    found, skipped = newest_whole(run)
+    for folder, wrong in skipped.items():
+        logger.warning("%s %s; passed over", folder, wrong)
+    if found is None and skipped:
+        listed = "; ".join(f"{folder.name} {wrong}" for folder, wrong in skipped.items())
+        raise ValueError(
+            f"no checkpoint of {run} is whole ({listed}); give another output_dir, or --resume never to start over"
+        )
+    if found is not None:
+        logger.warning("continuing from %s; --resume never would start over", found)
+    return found
+
+
+def _named(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"resume={str(folder)!r} is no folder; give auto, never, or a checkpoint-N folder of a run")
+    wrong = defect(folder)
+    if wrong is not None:
+        raise ValueError(f"resume={str(folder)!r} {wrong}; give another checkpoint, or auto for the newest whole one")
+    return folder
+
+
+def fingerprint(rows: Iterable[dict[str, Any]]) -> str:
+    """Hash of prompts and metadata in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Compare what a run was told before and is told now.
+
+    Args:
+        before: Resolved configuration of the checkpoint, see :meth:`StageConfig.to_json`.
+        now: That of the run which resumes.
+
+    Returns:
+        The changed keys as ``old -> new``: those that change the maths, and those that do not.
+    """
+    maths, other = {}, {}
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        constant = name in _SCHEDULE and before.get("lr_scheduler_type") == now.get("lr_scheduler_type") == "constant"
+        (other if name in NEUTRAL or constant else maths)[name] = f"{old!r} -> {new!r}"
+    return maths, other
+
+
+def report_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Log what a resumed run does differently."""
+    maths, other = changes(before, now)
+    for changed, consequence in ((maths, "this changes the maths"), (other, "no result depends on it")):
+        for name, change in changed.items():
+            logger.warning("resuming %s with another %s: %s (%s)", folder, name, change, consequence)
