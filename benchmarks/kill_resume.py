@@ -131,7 +131,8 @@ def main():
             step, in_save, ended = kill_once(command, killed, log, kind, chance)
             survived += ended is None and newest_step(killed) >= step
             in_saves += in_save
-            place = "inside a save" if in_save else {"save": "after a save", "step": "in a step"}.get(kind, "while starting")
+            missed = {"save": "after a save", "step": "in a step", "start": "while starting"}[kind]
+            place = "inside a save" if in_save else missed
             print(f"kill {i + 1}: from step {step} to {newest_step(killed)}, {place}", flush=True)
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
     rows, straight_rows = comparable(killed), comparable(straight)

@@ -148,19 +148,19 @@ def test_transformers_fills_every_auto_of_deepspeed(way):
 # What is missing
 
 
-def test_a_machine_with_nothing_gets_the_whole_list_and_no_traceback(capsys, monkeypatch):
-    monkeypatch.setattr(preflight, "REWARDS", {"shapes": preflight.REWARDS["shapes"]})
+def test_a_machine_with_nothing_gets_the_whole_list_and_no_traceback(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     monkeypatch.setattr(preflight.shutil, "which", lambda program: None)
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("STAGE_WEIGHTS", str(tmp_path))
     line = ["launch", "configs/train/geneval.yaml", "--accelerate-config", "zero3_offload", "--report_to", "wandb"]
     line += ["--attn_implementation", "flash_attention_2"]
     with pytest.raises(SystemExit) as ended:
         main(line)
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert err == "" and "10 things are missing:" in out and "the command" not in out
+    assert err == "" and "11 things are missing:" in out and "the command" not in out
     wanted = [
         "8 GPUs are wanted, none visible",
         "pip install 'stage-grpo[deepspeed]'",
@@ -170,12 +170,13 @@ def test_a_machine_with_nothing_gets_the_whole_list_and_no_traceback(capsys, mon
         "pip install 'stage-grpo[wandb]'",
         "hf download deepseek-community/Janus-Pro-7B, or --model PATH",
         "stage data build-geneval --ratio 0:1:7:1:4:5 --num 12800 --seed 0 --repeat --out prompts/geneval_train.jsonl",
-        "the reward geneval is not part of this version",
+        "stage weights get mask2former-swin-s-coco",
+        "stage weights get clip-vit-large-patch14",
         "outputs/geneval may take 298 GB, and 1 GB are free",
     ]
     assert [text for text in wanted if text not in out] == []
     main([*line, "--dry-run"])
-    assert "10 things are missing:" in capsys.readouterr().out
+    assert "11 things are missing:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", ["hps_gdino_git", "ocr"])
@@ -227,7 +228,7 @@ def test_paths_rewards_and_disk_are_named(tmp_path, gpus):
     assert [what.split("(")[0].strip() for what, _ in found] == [
         "model ./no/such/folder/Janus-Pro-7B is no folder",
         "eval_prompts absent.txt is not there",
-        "the reward absent_module:f cannot be imported",
+        "reward 'absent_module:f' cannot be imported",
         f"output_dir {tmp_path / 'file'} cannot be made: {tmp_path / 'file'} is a file",
     ]
 
@@ -388,7 +389,11 @@ def test_a_signal_lets_every_process_finish_its_step(tmp_path, sent, received):
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
     line += ["--num_processes", "2", "--main_process_port", "0", str(worker), str(tmp_path)]
     number = getattr(signal, received).value
-    process = subprocess.Popen([sys.executable, "-m", "stage_grpo.supervise", *line, str(number)])
+    # Tests that run in the background of a shell inherit an ignored SIGINT, and what was ignored stays ignored.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stage_grpo.supervise", *line, str(number)],
+        preexec_fn=lambda: signal.signal(getattr(signal, sent), signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 60
         while not all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)):

@@ -17,16 +17,18 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["types", "command_line"],
     ["objective", "similarity", "entropy"],
-    ["checkpoints", "prompt_sets", "run_checkpoints"],
+    ["checkpoints", "download", "prompt_sets", "run_checkpoints"],
     ["policy", "shards", "averaging"],
     ["sampling", "rollout", "generation", "merge"],
-    ["config", "preflight", "graceful_stop", "resuming", "resumable", "trl_seams", "trainer", "training", "demo"],
+    ["config", "preflight", "graceful_stop", "resuming", "resumable"],
+    ["gathering", "trl_seams", "trainer", "training", "demo"],
     ["planning", "launch", "supervise"],
     ["cli"],
 ]
 """Each line may import the lines above it and its own."""
 
-ON_IMAGES = ["rewards", "evaluation", "statistics", "scores", "report", "charts", "before_after", "image_folders"]
+ON_IMAGES = ["rewards", "weights", "scoring", "detectors", "evaluation", "statistics", "scores", "report"]
+ON_IMAGES += ["charts", "before_after", "image_folders"]
 """These work on finished images, whatever made them, so they never reach a policy."""
 MODEL_SIDE = {part for layer in LAYERS[3:] for part in layer}
 

@@ -1,9 +1,11 @@
 """What a reward may return, how it is built by name, and how TRL sees it."""
 
+import asyncio
 import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from PIL import Image
 from stage_grpo.rewards.base import FunctionReward, Reward, RewardResult, as_reward, as_trl_reward
 from stage_grpo.rewards.registry import REWARDS, build_reward
 from stage_grpo.shapes.scenes import Scene, SceneObject, render
+from stage_grpo.weights import WEIGHTS
 
 IMAGES = [Image.new("RGB", (4, 4), (grey, grey, grey)) for grey in (0, 51, 255)]
 PROMPTS = ["a", "b", "c"]
@@ -159,10 +162,60 @@ def test_trl_misuse_is_explained(kwargs, message):
         as_trl_reward(Constant([0, 0, 0]))(prompts=PROMPTS, **kwargs)
 
 
-def test_registry_builds_every_name_and_describes_it():
+def test_registry_builds_every_name_and_describes_it(monkeypatch):
+    monkeypatch.setattr("stage_grpo.rewards.maniqa.ManiqaReward.packages", ())  # the one whose extra is not installed
     for name, entry in REWARDS.items():
-        assert build_reward(name).name == name
-        assert entry.description and entry.range
+        reward = build_reward(name, {"url": "http://127.0.0.1:1"} if name == "deqa" else None)
+        assert reward.name == name
+        assert entry.description and entry.range and entry.licence
+        assert set(reward.requirements) <= set(WEIGHTS)
+        assert not reward.packages or reward.extra
+
+
+def test_building_every_reward_loads_no_model_and_no_package_of_its_own():
+    code = (
+        "import sys\n"
+        "from stage_grpo.rewards.registry import REWARDS, build_reward\n"
+        "for name in REWARDS:\n"
+        "    if name not in ('deqa', 'maniqa'):\n"
+        "        build_reward(name)\n"
+        "heavy = {'transformers', 'trl', 'rapidocr', 'onnxruntime', 'cv2', 'pyiqa', 'starlette', 'httpx2'}\n"
+        "sys.exit(','.join(heavy & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr("stage_grpo.rewards.maniqa.ManiqaReward.packages", ("no_such_package",))
+    with pytest.raises(ValueError, match=r"'maniqa' needs no_such_package, .*pip install 'stage-grpo\[iqa\]'"):
+        build_reward("maniqa")
+
+
+def test_what_raises_is_named():
+    def exploding(images, prompts, metadata):
+        raise KeyError("colour")
+
+    with pytest.raises(KeyError) as caught:
+        as_reward(exploding).score(IMAGES, PROMPTS)
+    assert caught.value.__notes__ == ["raised by reward 'exploding'"]
+
+
+def test_asynchronous_rewards_wait_together():
+    both = threading.Barrier(2, timeout=10)  # passed only by two at once
+
+    class Waiting(Constant):
+        asynchronous = True
+
+        def compute(self, images, prompts, metadata):
+            both.wait()
+            return self.returned
+
+    async def ask():
+        functions = [as_trl_reward(Waiting([n, None, n])) for n in (1, 2)]
+        return await asyncio.gather(*(f(prompts=PROMPTS, generated_images=IMAGES) for f in functions))
+
+    assert asyncio.run(ask()) == [[1.0, None, 1.0], [2.0, None, 2.0]]
 
 
 def test_registry_builds_functions_with_options():

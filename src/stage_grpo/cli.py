@@ -144,6 +144,43 @@ def _evaluate(program: str, words: list[str]) -> None:
     print(format_table(scores))
 
 
+@command("score", "score a folder of images with rewards")
+def _score(program: str, words: list[str]) -> None:
+    from stage_grpo.scoring import main_score
+
+    _hide_loading_bars()
+    print(main_score(program, words))
+
+
+@command("rewards", "list the rewards and what each needs")
+def _rewards(program: str, words: list[str]) -> None:
+    from stage_grpo.rewards.command import main_rewards
+
+    print(main_rewards(program, words))
+
+
+@command("serve-reward", "serve a reward over HTTP")
+def _serve_reward(program: str, words: list[str]) -> None:
+    from stage_grpo.rewards.command import main_serve
+
+    main_serve(program, words, lambda line: print(line, flush=True))
+
+
+@command("weights list", "list the weights of reward models and where they are")
+def _weights_list(program: str, words: list[str]) -> None:
+    from stage_grpo.weights.command import main_list
+
+    print(main_list(program, words))
+
+
+@command("weights get", "get weights of reward models, checked and converted")
+def _weights_get(program: str, words: list[str]) -> None:
+    from stage_grpo.weights.command import main_get
+
+    _hide_loading_bars()
+    print(main_get(program, words))
+
+
 @command("report", "write the HTML report of a run folder")
 def _report(program: str, words: list[str]) -> None:
     parser = ArgumentParser(prog=program, description="Write report.html into a run folder.")

@@ -65,6 +65,10 @@ class StageConfig(GRPOConfig):
         default=None, metadata={"help": "Options by reward name, e.g. {shapes: {strict: true}}."}
     )
 
+    reward_aggregation: str = _option(
+        "weighted_sum", "weighted_sum, normalize_then_sum (in the group), or running: by each one's usual spread."
+    )
+
     # Sampling
     guidance_scale: float = _option(5.0, "Classifier-free guidance while sampling; 1 is none.")
     guidance_in_scoring: bool = _option(False, "Score the guided distribution, the one that is sampled.")
@@ -101,6 +105,7 @@ class StageConfig(GRPOConfig):
     loss_type: str = _option("grpo", "Loss of TRL; images have equal lengths, so grpo and dapo agree.")
     use_bias_correction_kl: bool = _option(False, "TRL's ratio on the KL; the published objective has none.")
     max_completion_length: int | None = _option(None, "Image tokens; taken from the checkpoint.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Search for unused weights under DDP; there are none.")
 
     def __post_init__(self) -> None:
         """Resolve the preset and check everything that can be checked without the model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import shlex
@@ -14,10 +13,11 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from stage_grpo import weights
 from stage_grpo.config import StageConfig
 from stage_grpo.policy.adapters import is_adapter
 from stage_grpo.rewards.base import Reward
-from stage_grpo.rewards.registry import REWARDS, build_reward
+from stage_grpo.rewards.registry import REWARDS, build_reward, lacking
 
 PROMPT_COMMANDS = {
     "geneval_train.jsonl": "stage data build-geneval --ratio 0:1:7:1:4:5 --num 12800 --seed 0 --repeat --out {path}",
@@ -66,13 +66,19 @@ def check_files(config: StageConfig) -> None:
 
 
 def build_rewards(config: StageConfig) -> list[Reward]:
-    """Build the rewards of a run, each with its options.
+    """Build the rewards of a run, each with its options, and make sure that nothing they need is missing.
 
     Raises:
-        ValueError: If a reward is unknown or cannot be imported, or rejects its options.
+        ValueError: If a reward is unknown or cannot be imported, rejects its options, or lacks weights, a package or
+            its server.
     """
     options: dict[str, Any] = config.reward_options if isinstance(config.reward_options, dict) else {}
-    return [build_reward(name, options.get(name)) for name in config.rewards or []]
+    rewards = [build_reward(name, options.get(name)) for name in config.rewards or []]
+    for reward in rewards:
+        reward.check_health()
+        for name in reward.needed_weights():
+            weights.folder(name)  # the policy takes minutes to load, and this none
+    return rewards
 
 
 def missing(config: StageConfig, demand: Demand, num_visible_gpus: int) -> list[Missing]:
@@ -186,20 +192,8 @@ def _rewards(config: StageConfig) -> Iterator[Missing]:
     if not config.rewards:
         yield Missing("rewards is not set", f"--rewards NAME, one of {', '.join(REWARDS)}, or module:function")
     for name in config.rewards or []:
-        if name not in REWARDS and ":" not in name:
-            yield Missing(
-                f"the reward {name} is not part of this version",
-                f"use a version that has it, or --rewards module:function of your own (here: {', '.join(REWARDS)})",
-            )
-            continue
-        module = (REWARDS[name].target if name in REWARDS else name).partition(":")[0]
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            yield Missing(
-                f"the reward {name} cannot be imported ({error})",
-                "install the package, or put the module's folder on PYTHONPATH",
-            )
+        options = config.reward_options if isinstance(config.reward_options, dict) else {}
+        yield from (Missing(what, remedy) for what, remedy in lacking(name, options.get(name)))
 
 
 def _disk(config: StageConfig, demand: Demand) -> Iterator[Missing]:

@@ -40,6 +40,7 @@ CHOICES = {
     "entropy_reward_scope": ("top", "all"),
     "advantage_weight_normalization": ("none", "group"),
     "kl_weight_form": ("clipped", "graded"),
+    "reward_aggregation": ("weighted_sum", "normalize_then_sum", "running"),
 }
 """Fields that take one of a few names."""
 
@@ -62,6 +63,8 @@ UNSUPPORTED = {
     "repetition_penalty": (1.0, "it has no meaning for image codes"),
     "resume_from_checkpoint": (None, "set resume: auto, a checkpoint folder, or never"),
     "enable_jit_checkpoint": (False, "a signal ends the run after its step, with a checkpoint, in any case"),
+    "ds3_gather_for_generation": (True, "a rollout calls parts of the model, so all weights must be there"),
+    "multi_objective_aggregation": ("sum_then_normalize", "set reward_aggregation: normalize_then_sum instead"),
     "log_completions": (False, "completions are image codes; set sample_steps to see images instead"),
 }
 """TRL options that make no sense for images: value that must stay, and why."""

@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 from stage_grpo.averaging import AverageCallback
 from stage_grpo.checkpoints.errors import shorten
 from stage_grpo.resuming import RUN_STATE, checkpoint_to_resume, fingerprint, report_changes
+from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.run_checkpoints import PARTIAL, publish, rotate, seal
 from stage_grpo.run_folder import write_atomically
 from stage_grpo.shards import LocalShards
@@ -36,6 +37,7 @@ class ResumableTrainer(GRPOTrainer):
 
     args: Any  # a StageConfig: TRL's own annotations would hide its fields
     model: Any
+    reward_sum: RewardSum
     _saving = False
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -99,6 +101,7 @@ class ResumableTrainer(GRPOTrainer):
                 "world_size": self.accelerator.num_processes,
                 "train_data": self._data_fingerprint,
                 "config": self.args.to_json(),
+                "reward_sum": self.reward_sum.state_dict(),
             }
             write_atomically(folder / RUN_STATE, json.dumps(state, indent=2) + "\n")
 
@@ -180,6 +183,7 @@ class ResumableTrainer(GRPOTrainer):
                 f"{folder} was saved with save_only_model, so no optimizer can continue; begin with it as model"
             )
         self._step = state["micro_step"]
+        self.reward_sum.load_state_dict(state.get("reward_sum", {}))
         if self.accelerator.is_main_process:
             before = {**state["config"], "processes": state["world_size"], "train_data": state["train_data"]}
             processes = {"processes": self.accelerator.num_processes, "train_data": self._data_fingerprint}

@@ -29,6 +29,7 @@ from stage_grpo.gathering import ShardedTrainer, image_policy
 from stage_grpo.policy.loading import load_tokenizer
 from stage_grpo.resumable import ResumableTrainer
 from stage_grpo.rewards.base import Reward, RewardFunction, as_trl_reward
+from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.run_folder import RunFolder, RunFolderCallback, StepProgress, StepSamples, peak_memory_mb
 from stage_grpo.token_weights import token_weights, unique_share
 from stage_grpo.trl_seams import (
@@ -101,6 +102,8 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
                 peft_config=peft_config,
                 rollout_func=roll_out,
             )
+        self.reward_sum = RewardSum(self.reward_weights[: len(rewards)], args.reward_aggregation)
+        self._own = slice(len(rewards))  # the entropy reward's column comes last
         self._prepare_scoring()
         self.run_folder = RunFolder(str(args.output_dir))
         for callback in (ProgressCallback, PrinterCallback):
@@ -164,6 +167,9 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
         with self.timed("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._log("reward_failures", rewards.isnan().any(dim=1).sum())
+        rewards[:, self._own], self.reward_weights[self._own] = self.reward_sum.take_in(
+            rewards[:, self._own], self._group_size, self.model.training
+        )
         policy_entropy = self._gather(torch.tensor([row["policy_entropy"] for row in inputs], device=rewards.device))
         self._log("entropy/policy", policy_entropy)
         if self.beta != 0 and self._scored is not None:
@@ -173,12 +179,12 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
             if self.args.entropy_reward_weight:
                 rewards[:, -1] = self._entropy_rewards(rewards[:, :-1], policy_entropy, ref_entropy)
                 self._log("entropy_reward", rewards[:, -1])
-        self._total_rewards = objective.weighted_sum(rewards, self.reward_weights)
+        self._total_rewards = self.reward_sum.totals(rewards, self.reward_weights, self._group_size)
         return rewards
 
     def _entropy_rewards(self, rewards: Tensor, policy_entropy: Tensor, ref_entropy: Tensor) -> Tensor:
         """STAGE's bonus for all N samples, NaN where no reward could score one."""
-        total = objective.weighted_sum(rewards, self.reward_weights[:-1])
+        total = self.reward_sum.totals(rewards, self.reward_weights[:-1], self._group_size)
         bonus = entropy_reward(
             total,
             policy_entropy,

@@ -84,6 +84,7 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
         stopped = stop.stopped_at is not None and trainer.state.global_step < trainer.state.max_steps
         if not stopped:
             _save(trainer, processor)
+    trainer.accelerator.end_training()
     return TrainingResult(
         Path(str(config.output_dir)),
         (stop.received or "a signal") if stopped else None,

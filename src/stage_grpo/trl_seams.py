@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ from stage_grpo.sampling import image_uniforms
 
 if TYPE_CHECKING:
     from stage_grpo.trainer import StageTrainer
+
+# TRL prints everything it knows of a sample without a score, tensors included; the reward has said why it has none.
+logging.getLogger(grpo_trainer.__name__).addFilter(
+    lambda record: not str(record.msg).startswith("All reward functions returned None")
+)
 
 ENTROPY_REWARD = "entropy"
 """Name of the entropy reward's column among the reward functions."""
@@ -153,6 +159,8 @@ def complete_args(args: StageConfig, policy: ImagePolicy, num_rewards: int) -> S
     args.max_completion_length = policy.num_image_tokens
     # TRL would cast the *text* head; scoring runs the image head in float32 in any case.
     args.cast_lm_head_to_fp32 = False
+    if args.reward_aggregation == "normalize_then_sum":
+        args.multi_objective_aggregation = "normalize_then_sum"
     if args.entropy_reward_weight:
         args.reward_weights = [*(args.reward_weights or [1.0] * num_rewards), args.entropy_reward_weight]
     return args

@@ -6,6 +6,7 @@ A reward looks at a batch of finished images and says how good each is. It is a 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -18,13 +19,15 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from stage_grpo.rewards.failures import FailureWatch, failures, most_common
 from stage_grpo.types import Metadata
 
 logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 """``f(images, prompts, metadata) -> one number per image``."""
-TrlReward = Callable[..., list[float | None]]
+TrlReward = Callable[..., Any]
+"""What TRL calls: returns one number or None a sample, or a coroutine that does."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,21 @@ class Reward(ABC):
     Attributes:
         name: how the reward is called in logs and error messages; the class's name where none is given.
         Options: a frozen dataclass whose ``__post_init__`` checks its values; ``self.options`` is one.
+        requirements: names of the weights it loads, see ``stage_grpo.weights``.
+        extra: the pip extra that brings ``packages``, if it needs any.
+        packages: import names of packages that the core does not bring.
+        asynchronous: whether it mostly waits for something outside this process, so that TRL may let several such
+            rewards wait together. ``compute`` then runs in a thread.
+
+    Building a reward is cheap: models are loaded by the first call of ``compute``.
     """
 
     name: str
     Options: ClassVar[type[Any]] = NoOptions
+    requirements: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ()
+    asynchronous: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -62,6 +76,21 @@ class Reward(ABC):
 
     def __init__(self, options: Any = None):
         self.options = self.Options() if options is None else options
+
+    def needed_weights(self) -> tuple[str, ...]:
+        """Names of the weights that this reward will load from the cache, its options considered."""
+        return () if getattr(self.options, "weights", None) else self.requirements
+
+    def check_health(self) -> str:
+        """Asks whatever this reward needs beside its weights, such as a server, whether it is there.
+
+        Returns:
+            Name of what will compute the reward.
+
+        Raises:
+            ValueError: it is not there; the message says how to get it.
+        """
+        return self.name
 
     @abstractmethod
     def compute(
@@ -94,10 +123,21 @@ class Reward(ABC):
                 f"reward {self.name!r} was given {len(images)} images, {len(prompts)} prompts and "
                 f"{len(metadata)} metadata; give one of each per sample"
             )
-        result = _checked(self.name, self.compute(images, prompts, metadata), len(images))
-        num_failed = int(np.isnan(result.scores).sum())
-        if num_failed:
-            logger.warning("reward %r could not score %d of %d images", self.name, num_failed, len(images))
+        try:
+            returned = self.compute(images, prompts, metadata)
+        except Exception as error:
+            error.add_note(f"raised by reward {self.name!r}")
+            raise
+        result = _checked(self.name, returned, len(images))
+        reasons = failures(result.scores, result.details)
+        if reasons:
+            logger.warning(
+                "reward %r could not score %d of %d images: %s",
+                self.name,
+                len(reasons),
+                len(images),
+                most_common(reasons),
+            )
         return result
 
 
@@ -139,38 +179,58 @@ def as_trl_reward(reward: Reward | RewardFunction) -> TrlReward:
     The returned function reads ``prompts``, ``generated_images`` (RGB) and ``metadata`` (JSON strings or
     dicts) from what TRL passes, and ignores the rest. Through TRL's hooks it logs every detail as a column
     of the completions table, ``<name>/<detail>``, and the mean of a numeric one as a metric,
-    ``rewards/<name>/<detail>``.
+    ``rewards/<name>/<detail>``. It stops the run when the reward fails on every sample of several steps in a row, see
+    :class:`~stage_grpo.rewards.failures.FailureWatch`. For an asynchronous reward it is a coroutine function.
 
     Raises:
         TypeError: neither a reward nor callable.
     """
     checked = as_reward(reward)
+    watch = FailureWatch(checked.name)
 
-    def trl_reward(
-        *,
-        prompts: list[str],
-        generated_images: list[Image.Image] | None = None,
-        metadata: list[Any] | None = None,
-        log_extra: Callable[[str, list[Any]], None] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        **_: Any,
-    ) -> list[float | None]:
+    def prepare(
+        prompts: list[str], generated_images: list[Image.Image] | None, metadata: list[Any] | None
+    ) -> tuple[list[Image.Image], list[str], list[Metadata]]:
         if generated_images is None:
             raise ValueError(
                 f"reward {checked.name!r} got no images; let the rollout return them as 'generated_images'"
             )
         described = [_as_metadata(value, checked.name) for value in metadata or [None] * len(prompts)]
-        result = checked.score(list(generated_images), list(prompts), described)
-        for detail, values in result.details.items():
-            if log_extra is not None:
-                log_extra(f"{checked.name}/{detail}", [_as_cell(value) for value in values])
-            numbers = [float(value) for value in values if isinstance(value, Real | np.bool_)]
-            if log_metric is not None and numbers and len(numbers) + values.count(None) == len(values):
-                log_metric(f"rewards/{checked.name}/{detail}", float(np.mean(numbers)))
+        return list(generated_images), list(prompts), described
+
+    def hand_over(result: RewardResult, hooks: dict[str, Any]) -> list[float | None]:
+        watch.see(result.scores, result.details)
+        _log_details(checked.name, result.details, hooks.get("log_extra"), hooks.get("log_metric"))
         return [None if np.isnan(score) else float(score) for score in result.scores]
 
-    trl_reward.__name__ = checked.name
-    return trl_reward
+    def trl_reward(
+        *, prompts: list[str], generated_images: Any = None, metadata: Any = None, **hooks: Any
+    ) -> list[float | None]:
+        return hand_over(checked.score(*prepare(prompts, generated_images, metadata)), hooks)
+
+    async def waiting_trl_reward(
+        *, prompts: list[str], generated_images: Any = None, metadata: Any = None, **hooks: Any
+    ) -> list[float | None]:
+        inputs = prepare(prompts, generated_images, metadata)
+        return hand_over(await asyncio.to_thread(checked.score, *inputs), hooks)
+
+    chosen = waiting_trl_reward if checked.asynchronous else trl_reward
+    chosen.__name__ = checked.name
+    return chosen
+
+
+def _log_details(
+    name: str,
+    details: dict[str, list[Any]],
+    log_extra: Callable[[str, list[Any]], None] | None,
+    log_metric: Callable[[str, float], None] | None,
+) -> None:
+    for detail, values in details.items():
+        if log_extra is not None:
+            log_extra(f"{name}/{detail}", [_as_cell(value) for value in values])
+        numbers = [float(value) for value in values if isinstance(value, Real | np.bool_)]
+        if log_metric is not None and numbers and len(numbers) + values.count(None) == len(values):
+            log_metric(f"rewards/{name}/{detail}", float(np.mean(numbers)))
 
 
 def _checked(name: str, raw: Any, num_images: int) -> RewardResult:

@@ -3,26 +3,120 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from stage_grpo.rewards.base import FunctionReward, Reward
+from stage_grpo.weights import cache_folder, is_present
 
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """One line of the table: where the class is (``module:Class``), what it measures, and its range."""
+    """One line of the table.
+
+    Attributes:
+        target: where the class is, ``module:Class``.
+        description: what it measures.
+        range: its values.
+        licence: licence of the original's code. Nothing of it is copied; the weights have licences of their own.
+    """
 
     target: str
     description: str
     range: str
+    licence: str = "not established"
 
 
 REWARDS: dict[str, RewardEntry] = {
     "shapes": RewardEntry(
-        "stage_grpo.rewards.shapes:ShapesReward", "GenEval's rules on the embedded shapes world", "[0, 1]"
+        "stage_grpo.rewards.shapes:ShapesReward",
+        "GenEval's rules on the embedded shapes world",
+        "[0, 1]",
+        "Apache-2.0",
+    ),
+    "geneval": RewardEntry(
+        "stage_grpo.rewards.geneval_reward:GenevalReward",
+        "GenEval's rules: objects by Mask2Former, colours by CLIP",
+        "[0, 1]",
+        "MIT",
+    ),
+    "hps": RewardEntry(
+        "stage_grpo.rewards.clip_rewards:HpsReward",
+        "human preference (HPS v2.1), cosine of image and prompt",
+        "[-1, 1], usually 0.2 to 0.35",
+        "Apache-2.0",
+    ),
+    "clip": RewardEntry(
+        "stage_grpo.rewards.clip_rewards:ClipReward",
+        "fit of image and prompt, CLIP's cosine",
+        "[-1, 1]",
+        "MIT",
+    ),
+    "pickscore": RewardEntry(
+        "stage_grpo.rewards.clip_rewards:PickscoreReward",
+        "human preference (PickScore), scaled cosine",
+        "usually 17 to 24",
+    ),
+    "aesthetic": RewardEntry(
+        "stage_grpo.rewards.clip_rewards:AestheticReward",
+        "looks, without the prompt (LAION's predictor v2)",
+        "usually 1 to 10",
+    ),
+    "image_reward": RewardEntry(
+        "stage_grpo.rewards.image_reward:ImageReward",
+        "human preference (ImageReward), normalised",
+        "usually -2 to 2",
+        "Apache-2.0",
+    ),
+    "git": RewardEntry(
+        "stage_grpo.rewards.git:GitReward",
+        'attributes, GIT\'s answer to "red car?"',
+        "[0, 1]",
+        "Apache-2.0",
+    ),
+    "gdino": RewardEntry(
+        "stage_grpo.rewards.gdino:GdinoReward",
+        "objects, places and numbers, by GroundingDINO",
+        "[0, 1]",
+        "Apache-2.0",
+    ),
+    "orm": RewardEntry(
+        "stage_grpo.rewards.orm:OrmReward",
+        "does the image show the prompt: the yes of T2I-R1's judge",
+        "[0, 1]",
+        "Apache-2.0",
+    ),
+    "ocr": RewardEntry(
+        "stage_grpo.rewards.ocr:OcrReward",
+        "quoted text of the prompt, read by OCR",
+        "[0, 1]",
+        "MIT",
+    ),
+    "deqa": RewardEntry(
+        "stage_grpo.rewards.remote:DeqaReward",
+        "image quality (DeQA-Score), from a server with its old stack",
+        "[1, 5]",
+        "MIT",
+    ),
+    "unified_reward": RewardEntry(
+        "stage_grpo.rewards.judges:UnifiedReward",
+        "fit of image and prompt, UnifiedReward's final score",
+        "[0, 1]",
+        "MIT",
+    ),
+    "vlm_judge": RewardEntry(
+        "stage_grpo.rewards.judges:VlmJudge",
+        "realism or a question of your own, judged by Qwen2.5-VL",
+        "[0, 1]",
+    ),
+    "maniqa": RewardEntry(
+        "stage_grpo.rewards.maniqa:ManiqaReward",
+        "image quality without the prompt (MANIQA, by pyiqa)",
+        "[0, 1]",
+        "PolyForm-Noncommercial-1.0.0",
     ),
 }
 
@@ -33,25 +127,90 @@ def build_reward(name: str, options: dict[str, Any] | None = None) -> Reward:
     Args:
         name: a name of ``REWARDS``, or ``module.path:attribute`` of your own function
             ``f(images, prompts, metadata)`` or :class:`Reward` class.
-        options: fields of the class's ``Options``; for a function, its further keyword parameters.
+        options: fields of the class's ``Options``; for a function, its further keyword parameters. With ``url``, the
+            reward is computed by the server there, see :class:`~stage_grpo.rewards.remote.RemoteReward`, and the
+            options are those of the connection; its name may then be any. With ``worker: true`` it is computed in a
+            process of its own, see :class:`~stage_grpo.rewards.worker.WorkerReward`.
 
     Raises:
-        ValueError: an unknown name, a target that cannot be imported, or an unknown or invalid option.
+        ValueError: an unknown name, a target that cannot be imported, a package that is missing, or an unknown or
+            invalid option.
     """
+    options = dict(options or {})
+    if "url" in options:
+        return _remote(name, options)
+    if "worker" in options:
+        return _in_worker(name, options)
     if name not in REWARDS and ":" not in name:
         raise ValueError(
             f"unknown reward {name!r}; known are {', '.join(sorted(REWARDS))}, "
             "or give module.path:function of your own"
         )
     target = _load(REWARDS[name].target if name in REWARDS else name)
-    options = dict(options or {})
     if isinstance(target, type) and issubclass(target, Reward):
+        _check_packages(name, target)
         _check_names(name, options, [option.name for option in fields(target.Options)])
         return target(_checked_options(name, target.Options, options))
     if callable(target) and not isinstance(target, type):
         _check_names(name, options, _keyword_parameters(target))
         return FunctionReward(target, options)
     raise ValueError(f"{name!r} is {target!r}; name a function f(images, prompts, metadata) or a Reward class")
+
+
+def _remote(name: str, options: dict[str, Any]) -> Reward:
+    from stage_grpo.rewards.remote import RemoteOptions, RemoteReward
+
+    _check_names(name, options, [option.name for option in fields(RemoteOptions)])
+    return RemoteReward(name, _checked_options(name, RemoteOptions, options))
+
+
+def _in_worker(name: str, options: dict[str, Any]) -> Reward:
+    from stage_grpo.rewards.worker import WorkerReward
+
+    wanted = options.pop("worker")
+    if not isinstance(wanted, bool):
+        raise ValueError(f"reward {name!r} rejects its options: worker={wanted!r} is no truth value")
+    outline = build_reward(name, options)
+    return WorkerReward(name, options, outline) if wanted else outline
+
+
+def reward_class(name: str) -> type[Reward]:
+    """Class of a reward of the table. Its module is imported, its models are not."""
+    return _load(REWARDS[name].target)
+
+
+def missing_packages(reward: type[Reward]) -> list[str]:
+    """Import names of packages that a reward needs and this machine lacks. Nothing is imported."""
+    return [package for package in reward.packages if importlib.util.find_spec(package) is None]
+
+
+def _check_packages(name: str, reward: type[Reward]) -> None:
+    lacking = missing_packages(reward)
+    if lacking:
+        raise ValueError(
+            f"reward {name!r} needs {', '.join(lacking)}, which is not installed; "
+            f"pip install 'stage-grpo[{reward.extra}]'"
+        )
+
+
+def lacking(name: str, options: dict[str, Any] | None = None) -> list[tuple[str, str]]:
+    """What a reward needs and this machine lacks: each thing, and how to get it.
+
+    Args:
+        name: as in :func:`build_reward`.
+        options: as in :func:`build_reward`.
+    """
+    try:
+        reward = build_reward(name, options)
+        reward.check_health()
+    except ValueError as error:
+        what, _, remedy = str(error).rpartition("; ")
+        return [(what, remedy)]
+    return [
+        (f"the weights {weights} of reward {name} are not in {cache_folder()}", f"stage weights get {weights}")
+        for weights in reward.needed_weights()
+        if not is_present(weights)
+    ]
 
 
 def _load(target: str) -> Any:

@@ -1,0 +1,1 @@
+"""Detectors with learned weights, for rewards that look for objects in photographs."""
