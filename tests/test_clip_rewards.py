@@ -19,9 +19,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from original_janus import weight
 from stage_grpo.rewards.base import as_trl_reward
-from stage_grpo.rewards.clip_encoder import load_head
 from stage_grpo.rewards.clip_pixels import MEAN, STD, crop_pixels, crop_pixels_rounding_down, pad_pixels
 from stage_grpo.rewards.clip_rewards import AestheticReward, ClipReward, HpsReward, PickscoreReward, clean_text
+from stage_grpo.rewards.loading import load_head
 from stage_grpo.weights import MissingWeightsError
 from stage_grpo.weights.convert_aesthetic import convert as convert_aesthetic
 from stage_grpo.weights.convert_clip import convert_hps, convert_open_clip

@@ -28,9 +28,15 @@ def test_text_is_one_prompt_a_line(tmp_path):
 
 
 def test_jsonl_keeps_the_object_as_metadata(tmp_path):
-    plain = {"prompt": "two dogs", "task_type": "numeracy"}
+    plain = {"prompt": "two dogs", "source": "mine"}
     path = written(tmp_path, "p.jsonl", f"{json.dumps(CAT)}\n\n{json.dumps(plain)}\n")
     assert load_rows(path) == [PromptRow("a photo of a cat", CAT), PromptRow("two dogs", plain)]
+
+
+def test_rows_of_t2i_r1_are_checked_when_they_are_read(tmp_path):
+    path = written(tmp_path, "p.jsonl", '{"prompt": "two dogs", "task_type": "counting"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1: .*'counting'"):
+        load_rows(path)
 
 
 @pytest.mark.parametrize("column", ["prompt", "Prompts"])

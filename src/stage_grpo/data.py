@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stage_grpo.rewards.geneval import parse_metadata
+from stage_grpo.rewards.t2i_r1_rows import parse_row
 from stage_grpo.types import PromptRow
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def load_rows(path: str | os.PathLike[str]) -> list[PromptRow]:
 
     * ``.txt``: one prompt a line; blank lines are skipped.
     * ``.jsonl``: one JSON object a line with a ``"prompt"``; the whole object becomes the metadata and, where it
-      has an ``"include"``, must be valid GenEval metadata.
+      has an ``"include"`` or a ``"task_type"``, must be valid metadata of GenEval or of T2I-R1.
     * ``.csv``: a header with a column ``prompt`` or ``Prompts``; the other columns become the metadata.
 
     Args:
@@ -92,6 +93,8 @@ def _read_jsonl(path: Path, text: str) -> Iterator[PromptRow]:
         prompt = _checked_prompt(where, metadata.get("prompt"), '"prompt": "..."')
         if metadata.get("include") is not None:
             _check_at(where, parse_metadata, metadata)
+        if metadata.get("task_type") is not None:
+            _check_at(where, parse_row, metadata)
         yield PromptRow(prompt, metadata)
 
 

@@ -1,9 +1,8 @@
-"""Features of images and texts by CLIP, and what rewards made of them share: loading, and what cannot be scored."""
+"""Features of images and texts by CLIP, and what rewards made of them share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,76 +24,11 @@ from stage_grpo.rewards.batching import (
     weights_folder,
 )
 from stage_grpo.rewards.clip_pixels import Pixels, crop_pixels
+from stage_grpo.rewards.loading import load_model
+from stage_grpo.rewards.readable import drop_infinite, unreadable
 
 ACTIVATIONS_PER_FEATURE = 16
 """Numbers that a transformer layer holds for each of a token's features: input, q, k, v, and 2 x 4 in the MLP."""
-
-
-@contextmanager
-def _unsplit() -> Iterator[None]:
-    """Loads a reward's model whole while a run trains with ZeRO-3, which would leave every process a share of it."""
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
-
-
-def load_model(model_class: Any, folder: Path, device: str, dtype: str, **arguments: Any) -> Any:
-    """A model of ``transformers`` from a folder, ready to judge and never trained.
-
-    Args:
-        model_class: Class whose ``from_pretrained`` reads it.
-        folder: In transformers' layout.
-        device: Where it goes.
-        dtype: Of its weights.
-        **arguments: Of the class's constructor.
-
-    Raises:
-        ValueError: The folder lacks weights, which would otherwise be drawn at random.
-    """
-    with _unsplit():
-        model, report = model_class.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True, **arguments
-        )
-    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if wrong:
-        raise ValueError(
-            f"{folder} lacks {len(wrong)} weights of {model_class.__name__}, such as {wrong[0]}; get them again"
-        )
-    return model.eval().requires_grad_(False).to(device)
-
-
-def load_head(file: Path, num_inputs: int, device: str) -> torch.nn.Sequential:
-    """Linear layers in float32, one after the other without activations, that end in one number.
-
-    Args:
-        file: safetensors of ``layers.N.weight`` and ``layers.N.bias``, applied in the order of N.
-        num_inputs: Features that come in.
-        device: Where it goes.
-
-    Raises:
-        ValueError: The layers do not fit to one another, or to what comes in or goes out.
-    """
-    from safetensors.torch import load_file
-
-    tensors = load_file(file)
-    places = sorted({int(name.split(".")[1]) for name in tensors})
-    widths = [num_inputs]
-    layers = []
-    for place in places:
-        weight, bias = tensors[f"layers.{place}.weight"].float(), tensors[f"layers.{place}.bias"].float()
-        layers.append(torch.nn.Linear(weight.shape[1], weight.shape[0], device="meta"))
-        layers[-1].load_state_dict({"weight": weight, "bias": bias}, assign=True)
-        if weight.shape[1] != widths[-1]:
-            break
-        widths.append(weight.shape[0])
-    if len(widths) != len(places) + 1 or widths[-1] != 1:
-        raise ValueError(f"{file} does not lead from {num_inputs} features to one score; get it again")
-    return torch.nn.Sequential(*layers).eval().requires_grad_(False).to(device)
 
 
 @dataclass
@@ -205,23 +139,10 @@ def score_readable(
         finite; ``reason`` is None elsewhere.
     """
     scores = np.full(len(images), np.nan)
-    reasons: list[str | None] = [_unreadable(image) for image in images]
+    reasons = [unreadable(image) for image in images]
     good = [place for place, reason in enumerate(reasons) if reason is None]
     if good:
         rgb = [images[place].convert("RGB") for place in good]
         scores[good] = score(rgb, [prompts[place] for place in good]).double().cpu().numpy()
-    for place in good:
-        if not np.isfinite(scores[place]):
-            reasons[place] = f"the score is {scores[place]}; use dtype float32"
-            scores[place] = np.nan
+    drop_infinite(scores, reasons)
     return RewardResult(scores, {"reason": reasons})
-
-
-def _unreadable(image: Image.Image) -> str | None:
-    if min(image.size) == 0:
-        return f"the image is empty, {image.width} x {image.height} pixels"
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for truncated and broken files
-        return f"the image cannot be read: {error}"
-    return None

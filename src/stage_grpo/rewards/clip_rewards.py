@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, weights_folder
-from stage_grpo.rewards.clip_encoder import ClipEncoder, load_head, score_readable
+from stage_grpo.rewards.clip_encoder import ClipEncoder, score_readable
 from stage_grpo.rewards.clip_pixels import crop_pixels_rounding_down, pad_pixels
+from stage_grpo.rewards.loading import load_head
 from stage_grpo.types import Metadata
 
 _STRAIGHT = str.maketrans({**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("“”„‟", '"')})

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil
 
 from stage_grpo.rewards.batching import batches
-from stage_grpo.rewards.clip_encoder import load_model
 from stage_grpo.rewards.grounding_rules import Caption
+from stage_grpo.rewards.loading import load_model
 from stage_grpo.types import Box
 
 

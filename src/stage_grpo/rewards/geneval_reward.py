@@ -24,10 +24,12 @@ from stage_grpo.detectors.mask2former import (
 )
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, choose_batch_size, pick_device, weights_folder
-from stage_grpo.rewards.clip_encoder import ClipEncoder, load_model
+from stage_grpo.rewards.clip_encoder import ClipEncoder
 from stage_grpo.rewards.colors import ColorClassifier, crop_object
 from stage_grpo.rewards.failures import NOT_APPLICABLE
 from stage_grpo.rewards.geneval import Requirements, judge, parse_metadata
+from stage_grpo.rewards.loading import load_model
+from stage_grpo.rewards.readable import unreadable
 from stage_grpo.types import Box, Metadata
 
 DETECTOR_WEIGHTS = "mask2former-swin-s-coco"
@@ -223,13 +225,7 @@ def _obstacle(image: Image.Image, metadata: Metadata) -> str | None:
     """Why a picture cannot be scored, or None."""
     if metadata.get("include") is None:
         return f"{NOT_APPLICABLE}: the metadata have no 'include' clause"
-    if min(image.size) == 0:
-        return f"the image is empty, {image.width} x {image.height} pixels"
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for truncated and broken files
-        return f"the image cannot be read: {error}"
-    return None
+    return unreadable(image)
 
 
 def _colored(requirements: Requirements) -> dict[str, int]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, GitForCausalLM
 
-from stage_grpo.rewards.clip_encoder import load_model
+from stage_grpo.rewards.loading import load_model
 
 
 class YesNoModel:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, batches, choose_batch_size, pick_device, weights_folder
-from stage_grpo.rewards.clip_encoder import bytes_per_image, load_head, load_model, score_readable
+from stage_grpo.rewards.clip_encoder import bytes_per_image, score_readable
 from stage_grpo.rewards.clip_pixels import crop_pixels
+from stage_grpo.rewards.loading import load_head, load_model
 from stage_grpo.types import Metadata
 
 MEAN = 0.16717362830052426

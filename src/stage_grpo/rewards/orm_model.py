@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, SiglipImageProcessorPil
 
-from stage_grpo.rewards.clip_encoder import load_model
+from stage_grpo.rewards.loading import load_model
 
 BEFORE_IMAGE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 AFTER_IMAGE = (

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from stage_grpo.rewards.batching import batches
+from stage_grpo.rewards.loading import load_model
 
 MAX_PIXELS = 512 * 512
 _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -34,8 +35,7 @@ class QwenVl:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self._processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self._processor.size = {"shortest_edge": 56 * 56, "longest_edge": MAX_PIXELS}
-        model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = load_model(Qwen2_5_VLForConditionalGeneration, folder, device, dtype)
 
     def answer(self, images: list[Image.Image], questions: list[str], max_tokens: int) -> list[str | Exception]:
         """Ask one question about each of B RGB images.
