@@ -1,120 +1,112 @@
-"""Images a second of rewards: a whole batch at once against one image at a time, as many public codes score them.
+"""Seconds an image of rewards: a whole batch at once against one image at a time, as many public codes score them.
 
     python benchmarks/rewards.py --random small                       # random weights, small models: any machine
     python benchmarks/rewards.py --random true --rewards hps clip     # random weights, the true architectures
+    python benchmarks/rewards.py --random true --rewards geneval git gdino orm --num-images 1
     python benchmarks/rewards.py --rewards hps --dtype bfloat16       # weights from `stage weights get`
 
-Prints a table; --out also writes it as JSON. Images come in groups that share a prompt, as in training.
+Prints a table; --out also writes it as JSON. Images come in groups that share a prompt, as in training. A single image
+is only timed alone. Loading is not timed; peak memory is the process's, or the GPU's where there is one, with loading.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import platform
+import re
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    BertTokenizer,
-    BlipTextConfig,
-    BlipVisionConfig,
-    BlipVisionModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPTokenizer,
-)
-from transformers.models.blip.modeling_blip_text import BlipTextModel
+from random_rewards import SCENES, RandomReward, random_reward
+from safetensors import safe_open
 
+from stage_grpo import weights as weights_cache
 from stage_grpo.rewards.registry import build_reward
 
-PROMPTS = ("a red cube", "two cats", "a photo of a dog", "a green bench")
-VIT_H = ((1280, 32, 16, 14), (1024, 24, 16), "gelu", 1024)
-VIT_L = ((1024, 24, 16, 14), (768, 12, 12), "quick_gelu", 768)
-SMALL = ((192, 4, 3, 32), (192, 4, 3), "gelu", 64)
-"""Width, layers, heads and patch of the image's tower; width, layers and heads of the text's; activation; features."""
-CLIPS = {"hps": VIT_H, "pickscore": VIT_H, "clip": VIT_L, "aesthetic": VIT_L}
+PROMPTS = [" and ".join(f"a {color} {name}" for color, name in scene) for scene in SCENES]
+METADATA = [
+    {
+        "task_type": "color",
+        "nouns": [name for _, name in scene],
+        "attr_nouns": [f"{color} {name}" for color, name in scene],
+        "tag": "color_attr",
+        "include": [{"class": name, "count": 1, "color": color} for color, name in scene],
+    }
+    for scene in SCENES
+]
+"""Of each prompt, as a row of T2I-R1 and as one of GenEval."""
 
 
-def random_clip(folder: Path, sizes: tuple) -> None:
-    (width, layers, heads, patch), (text_width, text_layers, text_heads), act, features = sizes
-    pieces = [piece + end for end in ("", "</w>") for piece in sorted(ByteLevel.alphabet())]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]).save_pretrained(folder)
-    vision = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "patch_size": patch}
-    text = {"hidden_size": text_width, "num_hidden_layers": text_layers, "num_attention_heads": text_heads}
-    config = CLIPConfig(
-        vision_config=vision | {"intermediate_size": 4 * width, "hidden_act": act},
-        text_config=text | {"intermediate_size": 4 * text_width, "hidden_act": act, "eos_token_id": len(pieces) - 1},
-        projection_dim=features,
-    )
-    CLIPModel(config).save_pretrained(folder)
+def num_parameters(folders: list[Path]) -> int:
+    """Of all weights that lie in folders, without whole numbers such as indices."""
+    total = 0
+    for file in (file for folder in folders for file in folder.rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118 - no mapping
+        total += sum(math.prod(piece.get_shape()) for piece in slices if "F" in piece.get_dtype())
+    return total
 
 
-def random_head(file: Path, num_inputs: int) -> None:
-    widths = [num_inputs, 1024, 128, 64, 16, 1]
-    layers = {f"layers.{i}.weight": torch.randn(b, a) / a**0.5 for i, (a, b) in enumerate(pairwise(widths))}
-    save_file(layers | {f"layers.{i}.bias": torch.zeros(b) for i, b in enumerate(widths[1:])}, file)
+def forget_peak() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif (marks := Path("/proc/self/clear_refs")).exists():
+        marks.write_text("5")
 
 
-def random_image_reward(folder: Path, is_small: bool) -> None:
-    (width, layers, patch), (text_width, text_layers) = (
-        ((192, 4, 32), (192, 4)) if is_small else ((1024, 24, 16), (768, 12))
-    )
-    vision = BlipVisionConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, image_size=224)
-    vision.num_attention_heads, vision.layer_norm_eps, vision.patch_size = width // 64, 1e-6, patch
-    BlipVisionModel(vision).save_pretrained(folder / "vision")
-    text = BlipTextConfig(hidden_size=text_width, intermediate_size=4 * text_width, num_hidden_layers=text_layers)
-    text.num_attention_heads, text.encoder_hidden_size = text_width // 64, width
-    BlipTextModel(text, add_pooling_layer=False).save_pretrained(folder / "text")
-    random_head(folder / "head.safetensors", text_width)
-    BertTokenizer().save_pretrained(folder)
+def peak_gigabytes() -> float:
+    """The most memory taken since `forget_peak`; NaN where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 / 1e9 if found else math.nan
 
 
-def random_options(name: str, folder: Path, is_small: bool) -> dict[str, str]:
-    """Options that make a reward use random weights, which are written into a folder."""
-    torch.manual_seed(0)
-    if name == "image_reward":
-        random_image_reward(folder, is_small)
-        return {"weights": str(folder)}
-    if name not in CLIPS:
-        raise SystemExit(f"{name} has no random weights here; get its own, and leave --random out")
-    sizes = SMALL if is_small else CLIPS[name]
-    random_clip(folder, sizes)
-    if name != "aesthetic":
-        return {"weights": str(folder)}
-    (folder / "head").mkdir()
-    random_head(folder / "head" / "model.safetensors", sizes[-1])
-    return {"weights": str(folder / "head"), "clip_weights": str(folder)}
-
-
-def images_per_second(reward, images: list, prompts: list[str], at_a_time: int) -> float:
+def seconds_per_image(reward, samples: tuple[list, ...], at_a_time: int) -> float:
+    num_images = len(samples[0])
     start = time.perf_counter()
-    for i in range(0, len(images), at_a_time):
-        scores = reward.score(images[i : i + at_a_time], prompts[i : i + at_a_time]).scores
+    for i in range(0, num_images, at_a_time):
+        scores = reward.score(*(part[i : i + at_a_time] for part in samples)).scores
         assert np.isfinite(scores).all()
-    return len(images) / (time.perf_counter() - start)
+    return (time.perf_counter() - start) / num_images
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:
     generator = np.random.default_rng(0)
     shape = (args.side, args.side, 3)
     images = [Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)) for _ in range(args.num_images)]
-    prompts = [PROMPTS[i // args.group % len(PROMPTS)] for i in range(args.num_images)]
+    places = [i // args.group % len(PROMPTS) for i in range(args.num_images)]
+    samples = images, [PROMPTS[place] for place in places], [METADATA[place] for place in places]
     with tempfile.TemporaryDirectory() as folder:
-        options = random_options(name, Path(folder), args.random == "small") if args.random else {}
-        reward = build_reward(name, {**options, "dtype": args.dtype, "batch_size": args.num_images})
-        images_per_second(reward, images[:2], prompts[:2], 2)  # loads the model
-        singly = images_per_second(reward, images, prompts, 1)
-        batched = images_per_second(reward, images, prompts, args.num_images)
-    return {"reward": name, "one_by_one": singly, "batched": batched, "ratio": batched / singly}
+        is_small = args.random == "small"
+        made = random_reward(name, Path(folder), is_small) if args.random else RandomReward({})
+        forget_peak()
+        reward = build_reward(name, {**made.options, "dtype": args.dtype, "batch_size": args.num_images})
+        seconds_per_image(reward, tuple(part[:2] for part in samples), 2)  # loads the model
+        row = {"reward": name, "seconds_one_by_one": seconds_per_image(reward, samples, 1), "note": made.note}
+        if args.num_images > 1:
+            row["seconds_batched"] = seconds_per_image(reward, samples, args.num_images)
+            row["ratio"] = row["seconds_one_by_one"] / row["seconds_batched"]
+        row["peak_gigabytes"] = peak_gigabytes()
+        folders = [Path(folder)] if args.random else [weights_cache.folder(need) for need in reward.needed_weights()]
+        return row | {"num_parameters": num_parameters(folders)}
+
+
+def as_line(row: dict) -> str:
+    cells = f"{row['reward']:14}{row['num_parameters'] / 1e6:10.1f}{row['seconds_one_by_one']:12.3f}"
+    if "ratio" in row:
+        cells += f"{row['seconds_batched']:12.3f}{row['ratio']:8.2f}"
+    return f"{cells}{row['peak_gigabytes']:9.1f}  {row['note']}".rstrip()
 
 
 def main() -> None:
@@ -129,14 +121,13 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.num_images} images, {device}, {args.dtype}, weights: {args.random or 'official'}")
-    print(f"{'reward':14}{'one by one':>12}{'batched':>12}{'ratio':>8}   images/s")
+    print(f"{args.num_images} images, {device}, {args.dtype}, weights: {args.random or 'official'}; seconds an image")
+    compared = f"{'batched':>12}{'ratio':>8}" if args.num_images > 1 else ""
+    print(f"{'reward':14}{'million':>10}{'one by one':>12}{compared}{'peak GB':>9}")
     rows = []
     for name in args.rewards:
         rows.append(measure(name, args))
-        print(
-            f"{name:14}{rows[-1]['one_by_one']:12.2f}{rows[-1]['batched']:12.2f}{rows[-1]['ratio']:8.2f}", flush=True
-        )
+        print(as_line(rows[-1]), flush=True)
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
         about = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
