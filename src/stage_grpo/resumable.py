@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ class ResumableTrainer(GRPOTrainer):
         reference: Any = self.accelerator.unwrap_model(self.ref_model)
         return LocalShards(reference)
 
-    @property
+    @cached_property
     def _data_fingerprint(self) -> str:
         rows: Any = self.train_dataset
         return fingerprint(rows)
