@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import socket
 import ssl
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
+
+from stage_grpo.checksums import sha256_of
 
 _CHUNK = 1 << 16
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
@@ -34,16 +35,6 @@ class Patience:
     attempts: int = 5
     first_wait: float = 1.0
     timeout: float = 30.0
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, sha256: str, problem: str, remedy: str) -> None:

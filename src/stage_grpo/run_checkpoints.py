@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stage_grpo.checkpoints.manifest import sha256
+from stage_grpo.checksums import sha256_of
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -67,7 +67,7 @@ def defect(folder: Path, hashes: bool = True) -> str | None:
             return f"is torn: {name} has {path.stat().st_size} of {known['size']} bytes"
     if hashes:
         with ThreadPoolExecutor() as pool:
-            found = pool.map(sha256, [folder / name for name in files])
+            found = pool.map(sha256_of, [folder / name for name in files])
         for (name, known), digest in zip(files.items(), found):
             if digest != known["sha256"]:
                 return f"is damaged: {name} no longer has the hash it was written with"
@@ -144,7 +144,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _flush_and_describe(path: Path) -> dict[str, Any]:
     _flush(path)
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _flush(path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from stage_grpo.checkpoints.errors import read_json, write_json
+from stage_grpo.checksums import sha256_of
 
 MANIFEST = "conversion.json"
 _PACKAGES = ("stage-grpo", "safetensors", "tokenizers", "torch", "transformers")
@@ -15,7 +15,7 @@ _PACKAGES = ("stage-grpo", "safetensors", "tokenizers", "torch", "transformers")
 
 def describe(files: list[Path]) -> dict[str, dict[str, Any]]:
     """Size in bytes, time of change in nanoseconds and SHA-256 of each file, by its name."""
-    return {path.name: {**_stamp(path), "sha256": sha256(path)} for path in files}
+    return {path.name: {**_stamp(path), "sha256": sha256_of(path)} for path in files}
 
 
 def write_manifest(folder: Path, **content: Any) -> None:
@@ -44,15 +44,9 @@ def is_current(folder: Path, src: Path) -> bool:
 def _is_same(path: Path, known: dict[str, Any]) -> bool:
     if not path.is_file() or path.stat().st_size != known["size"]:
         return False
-    return path.stat().st_mtime_ns == known["mtime_ns"] or sha256(path) == known["sha256"]
+    return path.stat().st_mtime_ns == known["mtime_ns"] or sha256_of(path) == known["sha256"]
 
 
 def _stamp(path: Path) -> dict[str, int]:
     status = path.stat()
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from stage_grpo.download import Patience, check_sha256, download_checked, sha256_of
+from stage_grpo.checksums import sha256_of
+from stage_grpo.download import Patience, check_sha256, download_checked
 from stage_grpo.prompt_sets.sources import PromptSet, RemoteFile, get_prompt_set
 
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from stage_grpo.download import Patience, check_sha256, download_checked, sha256_of
+from stage_grpo.checksums import sha256_of
+from stage_grpo.download import Patience, check_sha256, download_checked
 from stage_grpo.weights.catalog import WeightEntry, WeightFile, get_entry
 
 SOURCE = "source.json"
