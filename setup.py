@@ -36,6 +36,8 @@ WANDB = ["wandb>=0.31,<1"]
 OCR = ["onnxruntime>=1.31,<2", "opencv-python-headless>=5.0,<6", "rapidfuzz>=3.14,<4", "rapidocr>=3.10,<4"]
 SERVER = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 IQA = ["pyiqa>=0.1.16,<0.2"]
+# Finds noun phrases; its model comes by `python -m spacy download en_core_web_sm`.
+T2I_COMPBENCH = ["spacy>=3.8,<4"]
 DEV = [
     "beartype>=0.23,<1",
     "pre-commit>=4.7,<5",
@@ -56,6 +58,7 @@ EXTRAS = {
     "ocr": OCR,
     "rewards": [*OCR, *SERVER],
     "server": SERVER,
+    "t2i_compbench": T2I_COMPBENCH,
     "tensorboard": TENSORBOARD,
     "wandb": WANDB,
 }
@@ -81,7 +84,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"stage_grpo": ["py.typed", "templates/*.j2"]},
+    package_data={"stage_grpo": ["py.typed", "templates/*.j2", "published_results.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["stage = stage_grpo.cli:main"]},

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import (
+    AutoModelForImageTextToText,
     BertTokenizer,
     BlipTextConfig,
     BlipVisionConfig,
@@ -32,12 +34,15 @@ from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SwinConfig,
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
+from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from stage_grpo.prompt_sets.vocabulary import OBJECT_NAMES
 
@@ -58,13 +63,24 @@ GIT_SMALL = ((192, 4, 3, 32, 224), (192, 4, 3))
 """Width, layers, heads, patch and side in pixels of the image's tower; width, layers and heads of the text's."""
 ORM_LAYERS = 2
 """Of the image's tower and of the language model each: all 26 and 28 of them would take 16 GB in bfloat16."""
+QWEN_LAYERS = (32, 28)
+"""Of the image's tower and of the language model of Qwen2.5-VL 7B."""
+QWEN_FEW_LAYERS = (2, 2)
+QWEN_PARAMETERS = 8_292_166_656
+"""Of the published checkpoint, whose index gives its size as twice as many bytes."""
+QWEN_SPECIAL = {
+    151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151652: "<|vision_start|>",
+    151653: "<|vision_end|>", 151654: "<|vision_pad|>", 151655: "<|image_pad|>", 151656: "<|video_pad|>",
+}  # fmt: skip
+ANSWER_TOKENS = 16
+"""A random judge never ends its answer; as many as a terse answer has."""
 BERT_SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
 
 
 class RandomReward(NamedTuple):
     """Options that make a reward use random weights, and in what they fall short of the true architecture."""
 
-    options: dict[str, str]
+    options: dict[str, Any]
     note: str = ""
 
 
@@ -187,10 +203,56 @@ def random_orm(folder: Path) -> RandomReward:
     return RandomReward({"weights": str(folder)}, note)
 
 
+def qwen_config(num_layers: tuple[int, int]) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL 7B with a number of layers of its own of the image's tower and of the language model."""
+    # The last layer of every eight sees the whole picture, the others see windows of it.
+    vision = {
+        "depth": num_layers[0], "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 3584, "tokens_per_second": 2,
+        "fullatt_block_indexes": [i for i in range(num_layers[0]) if i % 8 == 7] or [num_layers[0] - 1],
+    }  # fmt: skip
+    text = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": num_layers[1], "rms_norm_eps": 1e-6,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 128000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
+
+
+def random_judge(folder: Path, answer: str) -> RandomReward:
+    """Qwen2.5-VL 7B of few layers. Every ordinary token of its language is an answer with a score of 1 to 5.
+
+    Args:
+        folder: Where it goes.
+        answer: What a token says; ``{score}`` stands for its score.
+    """
+    with torch.device("meta"):
+        whole = Qwen2_5_VLForConditionalGeneration(qwen_config(QWEN_LAYERS))
+    assert sum(weight.numel() for weight in whole.parameters()) == QWEN_PARAMETERS
+    config = qwen_config(QWEN_FEW_LAYERS)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    num_words = min(QWEN_SPECIAL)
+    words = [answer.replace("{score}", f"{1 + 4 * index / num_words:.5f}") for index in range(num_words)]
+    vocabulary = {**{word: index for index, word in enumerate(words)}, **{t: i for i, t in QWEN_SPECIAL.items()}}
+    # A word of a question is the first word of the language, which is one token a word.
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = list(QWEN_SPECIAL.values())
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2], extra_special_tokens=special
+    ).save_pretrained(folder)
+    Qwen2VLImageProcessorPil().save_pretrained(folder)
+    note = "reduced depth: {} + {} layers of {} + {}".format(*QWEN_FEW_LAYERS, *QWEN_LAYERS)
+    note += f"; answers of {ANSWER_TOKENS} tokens"
+    return RandomReward({"weights": str(folder), "max_tokens": ANSWER_TOKENS}, note)
+
+
 TRUE_ONLY: dict[str, Callable[[Path], RandomReward]] = {
     "geneval": random_geneval,
     "gdino": random_gdino,
     "orm": random_orm,
+    "vlm_judge": partial(random_judge, answer='{"score": {score}}'),
+    "unified_reward": partial(random_judge, answer="Final Score: {score}"),
 }
 EITHER: dict[str, Callable[[Path, bool], RandomReward]] = {"git": random_git, "image_reward": random_image_reward}
 

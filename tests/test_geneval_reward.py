@@ -128,9 +128,10 @@ def test_scores_by_hand():
     assert result.details["correct"] == [1, 0, 0, 0]
     assert result.details["reasons"][2] == ["expected 2 red dog, found 1"]
     assert result.details["reason"] == [None] * 4
-    found = json.loads(result.details["objects"][0])
+    found = result.details["objects"][0]
     assert list(found) == ["dog", "cat"]
     np.testing.assert_allclose(found["cat"], [[*RIGHT, 0.8]], atol=1e-6)
+    assert result.details["colors"] == [{"dog": ["red"]}, {"dog": ["red"]}, {"dog": ["blue", "red"]}, {}]
     # The whole batch at once, and only boxes whose colour is asked for.
     assert reward.detector.calls == [4]
     assert reward.classifier.calls == [["dog", "dog", "dog", "dog"]]
@@ -252,7 +253,7 @@ def test_the_whole_of_it_on_converted_weights(tmp_path, clip_folder):
     wanted = {"tag": "color_attr", "include": [{"class": "train", "count": num_trains, "color": "purple"}]}
     counting = {"tag": "counting", "include": [{"class": "train", "count": 1}]}
     result = reward.score([image, image], ["", ""], [wanted, counting])
-    objects = json.loads(result.details["objects"][0])
+    objects = result.details["objects"][0]
     mine = np.sort([box[4] for boxes_of_class in objects.values() for box in boxes_of_class])
     np.testing.assert_allclose(mine, np.sort(boxes[sure, 4]), rtol=0, atol=1e-5)
     np.testing.assert_allclose(
@@ -263,4 +264,4 @@ def test_the_whole_of_it_on_converted_weights(tmp_path, clip_folder):
     share = reward.classifier.classify(crops, ["train"] * num_trains).count("purple") / num_trains
     # Nothing there is surer than 0.9.
     np.testing.assert_allclose(result.scores, [(1 + share) / 2, 0.0], atol=1e-6)
-    assert boxes[:, 4].max() < 0.9 and result.details["objects"][1] == "{}"
+    assert boxes[:, 4].max() < 0.9 and result.details["objects"][1] == {}

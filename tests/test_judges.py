@@ -5,11 +5,13 @@ import base64
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -203,3 +205,13 @@ def test_a_judge_in_process_is_loaded_once_and_its_babble_is_no_score(folder):
     assert reward._chat is chat and torch.equal(state, torch.random.get_rng_state())
     assert json.dumps(again.details) == json.dumps(result.details)
     assert not any(parameter.requires_grad for parameter in chat._model.parameters())
+
+
+def test_the_published_names_of_weights_are_read(folder):
+    """Those of the index of Qwen2.5-VL 7B; this version of transformers calls its modules otherwise."""
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        names = {re.sub(r"\d+", "N", name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    assert {"model.layers.N.self_attn.q_proj.bias", "visual.blocks.N.mlp.gate_proj.bias", "lm_head.weight"} <= names
+    assert {name.split(".")[0] for name in names} == {"model", "visual", "lm_head"}
+    assert not any(name.startswith("model.language_model") for name in names)
+    QwenVl(folder, "cpu", "float32", 1)  # refuses a folder that lacks a weight

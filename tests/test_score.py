@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stage_grpo.cli import main
-from stage_grpo.image_folders import write_prompt_folder
+from stage_grpo.image_folders import load_image, write_prompt_folder
 from stage_grpo.rewards.registry import REWARDS, build_reward
 from stage_grpo.scoring import read_samples, score_folder
 from stage_grpo.types import PromptRow
@@ -69,6 +69,21 @@ def score(*words):
     main(["score", *map(str, words)])
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_pictures_are_read_upright(tmp_path, suffix):
+    """EXIF orientation 6: what is at the left of the file is the top of the picture."""
+    image = Image.new("RGB", (32, 16), "black")
+    image.paste("white", (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / f"a.{suffix}", exif=exif)
+    upright = load_image(tmp_path / f"a.{suffix}")
+    assert (upright.size, upright.mode) == ((16, 32), "RGB")
+    rows = np.asarray(upright).mean(axis=(1, 2))
+    assert rows[:7].min() > 200 and rows[9:].max() < 50
+    assert not upright.getexif().get(0x0112)
+
+
 def test_a_flat_folder_is_shared_out_in_the_order_of_names(flat, tmp_path, capsys):
     out = tmp_path / "scores" / "out.jsonl"
     prompts = prompts_file(tmp_path, "one", "three")
@@ -119,7 +134,8 @@ def test_details_are_written(tmp_path, numbered):
     )
     out = tmp_path / "out.jsonl"
     score("--reward", "shapes", "--images", numbered, "--out", out)
-    assert lines(out)[0]["details"] == {"shapes": {"correct": 0, "reasons": ["expected at least 1 circle, found 0"]}}
+    nothing = {"correct": 0, "reasons": ["expected at least 1 circle, found 0"], "objects": {}, "colors": {}}
+    assert lines(out)[0]["details"] == {"shapes": nothing}
 
 
 def test_nothing_outside_the_folder_is_read(flat, numbered, tmp_path):

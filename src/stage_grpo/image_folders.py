@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stage_grpo.types import Metadata
 
@@ -107,7 +107,7 @@ def read_prompt_folders(images_dir: Path, tags: Sequence[str] | None = None) -> 
 
 
 def load_image(path: Path) -> Image.Image:
-    """Read one image as RGB.
+    """Read one image as RGB, upright as its EXIF orientation says; GenEval's own script reads it so too.
 
     Args:
         path: An image file.
@@ -120,7 +120,7 @@ def load_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"{path}: {reason}; generate this image again.") from error

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from PIL import Image
 
 from stage_grpo.rewards.failures import FailureWatch, failures, most_common
 from stage_grpo.types import Metadata
+from stage_grpo.weights import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,10 @@ class Reward(ABC):
 
     def needed_weights(self) -> tuple[str, ...]:
         """Names of the weights that this reward will load from the cache, its options considered."""
-        return () if getattr(self.options, "weights", None) else self.requirements
+        chosen = getattr(self.options, "weights", None)
+        if chosen is None:
+            return self.requirements
+        return (chosen,) if chosen in WEIGHTS else ()
 
     def check_health(self) -> str:
         """Asks whatever this reward needs beside its weights, such as a server, whether it is there.
@@ -284,5 +288,7 @@ def _as_metadata(value: Any, name: str) -> Metadata:
 
 
 def _as_cell(value: Any) -> Any:
-    """A table cell: trackers want scalars and strings, so a list of reasons becomes one line."""
+    """A table cell: trackers want scalars and strings, so a list of reasons becomes one line, and a mapping JSON."""
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False)
     return "; ".join(map(str, value)) if isinstance(value, list | tuple) else value

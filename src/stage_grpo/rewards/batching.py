@@ -23,7 +23,8 @@ class ModelOptions:
     """Options of a reward that runs a model.
 
     Attributes:
-        weights: a ready folder, in transformers' layout, instead of the one in the cache.
+        weights: a ready folder, in transformers' layout, or the name of other weights in the cache
+            (``stage weights list``), instead of the reward's own.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes this process's GPU if there is one.
         dtype: of the model's weights and arithmetic: float32, bfloat16 or float16.
         batch_size: images at a time; None: what fits into a share of the free memory.
@@ -66,14 +67,14 @@ def pick_device(device: str | None) -> str:
 
 
 def weights_folder(chosen: str | None, name: str) -> Path:
-    """Folder to load weights from: the chosen one, else the one in the cache.
+    """Folder to load weights from: the chosen one, or the one in the cache that is chosen by its name, else its own.
 
     Raises:
-        MissingWeightsError: none is chosen, and the cache lacks them.
+        MissingWeightsError: no folder is chosen, and the cache lacks the weights.
         ValueError: what is chosen is no folder.
     """
-    if chosen is None:
-        return weights_cache.folder(name)
+    if chosen is None or chosen in weights_cache.WEIGHTS:
+        return weights_cache.folder(chosen or name)
     folder = Path(chosen).expanduser()
     if not folder.is_dir():
         raise ValueError(f"weights={chosen!r} is no folder; give a folder in transformers' layout, or leave it out")

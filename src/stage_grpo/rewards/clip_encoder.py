@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from stage_grpo.rewards.base import RewardResult
+from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import (
     ModelOptions,
     batches,
@@ -26,6 +27,7 @@ from stage_grpo.rewards.batching import (
 from stage_grpo.rewards.clip_pixels import Pixels, crop_pixels
 from stage_grpo.rewards.loading import load_model
 from stage_grpo.rewards.readable import drop_infinite, unreadable
+from stage_grpo.types import Metadata
 
 ACTIVATIONS_PER_FEATURE = 16
 """Numbers that a transformer layer holds for each of a token's features: input, q, k, v, and 2 x 4 in the MLP."""
@@ -142,7 +144,26 @@ def score_readable(
     reasons = [unreadable(image) for image in images]
     good = [place for place, reason in enumerate(reasons) if reason is None]
     if good:
-        rgb = [images[place].convert("RGB") for place in good]
+        chosen = [images[place] for place in good]
+        rgb = [image if image.mode == "RGB" else image.convert("RGB") for image in chosen]  # the latter always copies
         scores[good] = score(rgb, [prompts[place] for place in good]).double().cpu().numpy()
     drop_infinite(scores, reasons)
     return RewardResult(scores, {"reason": reasons})
+
+
+class ImageTextReward(Reward):
+    """One number for each image that can be read, NaN and the reason for the others. A subclass writes ``_score``."""
+
+    Options = ModelOptions
+
+    def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
+        """Looks at every image and every different prompt once. See :meth:`Reward.compute`.
+
+        Raises:
+            ValueError: the weights are missing or not whole.
+        """
+        return score_readable(images, prompts, self._score)
+
+    @abstractmethod
+    def _score(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " B"]:
+        """Scores of RGB images."""

@@ -59,7 +59,7 @@ def pad_pixels(image: Image.Image, size: int) -> Float[Tensor, "3 S S"]:
     Returns:
         Normalised by CLIP's mean and spread.
     """
-    pixels = _as_tensor(image).div(255)
+    pixels = _as_tensor(image).div_(255)
     scale = size / max(image.width, image.height)
     height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
     if scale != 1.0:
@@ -77,7 +77,7 @@ def _middle(image: Image.Image, size: int, start: Callable[[int], int]) -> Float
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = start(width - size), start(height - size)
-    return _normalised(_as_tensor(image.crop((left, top, left + size, top + size))).div(255))
+    return _normalised(_as_tensor(image.crop((left, top, left + size, top + size))).div_(255))
 
 
 def _as_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
@@ -86,4 +86,5 @@ def _as_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
 
 
 def _normalised(pixels: Float[Tensor, "3 S S"]) -> Float[Tensor, "3 S S"]:
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    """The same tensor, changed in place: no copy of a picture that nobody else holds."""
+    return pixels.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])

@@ -12,12 +12,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, weights_folder
-from stage_grpo.rewards.clip_encoder import ClipEncoder, score_readable
+from stage_grpo.rewards.clip_encoder import ClipEncoder, ImageTextReward
 from stage_grpo.rewards.clip_pixels import crop_pixels_rounding_down, pad_pixels
 from stage_grpo.rewards.loading import load_head
-from stage_grpo.types import Metadata
 
 _STRAIGHT = str.maketrans({**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("“”„‟", '"')})
 HEAD = "model.safetensors"
@@ -31,7 +29,7 @@ def clean_text(text: str) -> str:
     return html.unescape(html.unescape(text)).translate(_STRAIGHT).strip()
 
 
-class HpsReward(Reward):
+class HpsReward(ImageTextReward):
     """Human preference score v2.1: cosine of image and prompt by a CLIP ViT-H/14 tuned on people's choices.
 
     The raw cosine, usually 0.2 to 0.35 and spread over about 0.02 within a group; HPSv2's own benchmark multiplies
@@ -41,20 +39,14 @@ class HpsReward(Reward):
     """
 
     name = "hps"
-    Options = ModelOptions
     requirements = ("hps-v2.1",)
 
     def __init__(self, options: ModelOptions | None = None):
         super().__init__(options)
         self.encoder = ClipEncoder(self.options, self.requirements[0], pixels=pad_pixels, clean=clean_text)
 
-    def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
-        """Encodes every image and every different prompt once. See :meth:`Reward.compute`.
-
-        Raises:
-            ValueError: the weights are missing or not whole.
-        """
-        return score_readable(images, prompts, self.encoder.cosine)
+    def _score(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " B"]:
+        return self.encoder.cosine(images, prompts)
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class ClipOptions(ModelOptions):
             raise ValueError(f"hundred={self.hundred!r} is no truth value; give true or false")
 
 
-class ClipReward(Reward):
+class ClipReward(ImageTextReward):
     """CLIP score: cosine of image and prompt by CLIP ViT-L/14, or any other ``CLIPModel`` that ``weights`` names.
 
     In [-1, 1]; in [0, 100] with ``hundred``. Source: arXiv:2104.08718, without its factor 2.5.
@@ -89,14 +81,6 @@ class ClipReward(Reward):
     def __init__(self, options: ClipOptions | None = None):
         super().__init__(options)
         self.encoder = ClipEncoder(self.options, self.requirements[0])
-
-    def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
-        """Encodes every image and every different prompt once. See :meth:`Reward.compute`.
-
-        Raises:
-            ValueError: the weights are missing or not whole.
-        """
-        return score_readable(images, prompts, self._score)
 
     def _score(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " B"]:
         cosine = self.encoder.cosine(images, prompts)
@@ -123,7 +107,7 @@ class PickscoreOptions(ModelOptions):
             raise ValueError(f"scale={self.scale!r} must be a number above 0; 1 gives the published score")
 
 
-class PickscoreReward(Reward):
+class PickscoreReward(ImageTextReward):
     """PickScore v1: exp(logit scale) times the cosine of image and prompt by a CLIP ViT-H/14 tuned on users' choices.
 
     Times the option ``scale``; published values lie around 20 to 23. Source: arXiv:2305.01569.
@@ -136,14 +120,6 @@ class PickscoreReward(Reward):
     def __init__(self, options: PickscoreOptions | None = None):
         super().__init__(options)
         self.encoder = ClipEncoder(self.options, self.requirements[0], pixels=crop_pixels_rounding_down)
-
-    def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
-        """Encodes every image and every different prompt once. See :meth:`Reward.compute`.
-
-        Raises:
-            ValueError: the weights are missing or not whole.
-        """
-        return score_readable(images, prompts, self._score)
 
     def _score(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " B"]:
         cosine = self.encoder.cosine(images, prompts)
@@ -169,7 +145,7 @@ class AestheticOptions(ModelOptions):
             raise ValueError(f"clip_weights={self.clip_weights!r} is no text; give a folder, or leave it out")
 
 
-class AestheticReward(Reward):
+class AestheticReward(ImageTextReward):
     """LAION's aesthetic predictor v2: five linear layers on the image's CLIP ViT-L/14 feature of length 1.
 
     Trained on marks from 1 to 10, and not bounded by them; prompts are not looked at.
@@ -196,14 +172,6 @@ class AestheticReward(Reward):
         """The linear layers, float32."""
         folder = weights_folder(self.options.weights, self.requirements[1])
         return load_head(folder / HEAD, self.encoder.model.config.projection_dim, self.encoder.device)
-
-    def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
-        """Encodes and marks every image. See :meth:`Reward.compute`.
-
-        Raises:
-            ValueError: the weights are missing or not whole.
-        """
-        return score_readable(images, prompts, self._score)
 
     @torch.no_grad()
     def _score(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " B"]:

@@ -5,7 +5,6 @@ Source: arXiv:2310.11513 and its evaluation; the graded score as in the training
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -93,8 +92,9 @@ class GenevalReward(Reward):
     """How well a picture shows what GenEval's metadata ask for, in [0, 1].
 
     Details: ``correct`` (0 or 1, GenEval's rule whatever ``strict`` says), ``reasons`` (lines that say why it is not
-    correct), ``objects`` (JSON: boxes and confidence of each class found) and ``reason`` (why there is no score, else
-    None). Metadata without ``include`` are none of this reward's: NaN.
+    correct), ``objects`` (class to a list of [x1, y1, x2, y2, confidence] in pixels, the most confident first),
+    ``colors`` (class to the colours of its first boxes, as many as the metadata ask about) and ``reason`` (why there
+    is no score, else None). Metadata without ``include`` are none of this reward's: NaN.
     """
 
     name = "geneval"
@@ -131,6 +131,7 @@ class GenevalReward(Reward):
             "correct": [None] * len(images),
             "reasons": [[] for _ in images],
             "objects": [None] * len(images),
+            "colors": [None] * len(images),
             "reason": [_obstacle(image, wanted) for image, wanted in zip(images, metadata)],
         }
         scores = np.full(len(images), np.nan)
@@ -149,7 +150,8 @@ class GenevalReward(Reward):
             verdict = judge(found.boxes, metadata[index], lambda name, boxes, named=named: named[name][: len(boxes)])
             details["correct"][index] = int(verdict.correct)
             details["reasons"][index] = verdict.reasons
-            details["objects"][index] = json.dumps(found.boxes)
+            details["objects"][index] = {name: [list(box) for box in boxes] for name, boxes in found.boxes.items()}
+            details["colors"][index] = named
             scores[index] = verdict.correct if self.options.strict else verdict.score
         return RewardResult(scores, details)
 

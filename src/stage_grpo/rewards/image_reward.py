@@ -11,12 +11,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from stage_grpo.rewards.base import Reward, RewardResult
-from stage_grpo.rewards.batching import ModelOptions, batches, choose_batch_size, pick_device, weights_folder
-from stage_grpo.rewards.clip_encoder import bytes_per_image, score_readable
+from stage_grpo.rewards.batching import batches, choose_batch_size, pick_device, weights_folder
+from stage_grpo.rewards.clip_encoder import ImageTextReward, bytes_per_image
 from stage_grpo.rewards.clip_pixels import crop_pixels
 from stage_grpo.rewards.loading import load_head, load_model
-from stage_grpo.types import Metadata
 
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
@@ -27,14 +25,13 @@ VISION, TEXT, HEAD = "vision", "text", "head.safetensors"
 """Parts of the folder of weights; the tokenizer's files stand beside them."""
 
 
-class ImageReward(Reward):
+class ImageReward(ImageTextReward):
     """ImageReward v1.0: how much people would like the image for the prompt, about -2 to 2, mean 0 and spread 1.
 
     Source: arXiv:2304.05977; image-reward 1.5.
     """
 
     name = "image_reward"
-    Options = ModelOptions
     requirements = ("image-reward",)
 
     @cached_property
@@ -72,14 +69,6 @@ class ImageReward(Reward):
         from transformers import BertTokenizer
 
         return BertTokenizer.from_pretrained(self.folder, local_files_only=True)
-
-    def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
-        """Reads each prompt while looking at its image. See :meth:`Reward.compute`.
-
-        Raises:
-            ValueError: the weights are missing or not whole.
-        """
-        return score_readable(images, prompts, self._score)
 
     @torch.no_grad()
     def _score(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " B"]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,15 +23,26 @@ _ACTIVATION_BYTES = 1_500_000_000
 
 @dataclass(frozen=True)
 class ManiqaOptions(ModelOptions):
-    """As :class:`~stage_grpo.rewards.batching.ModelOptions`; ``weights`` is a file of pyiqa's instead of a folder."""
+    """As :class:`~stage_grpo.rewards.batching.ModelOptions`, in float32 alone.
+
+    ``weights`` is a file instead of a folder: MANIQA's own ``ckpt_koniq10k.pt``, for machines without a network.
+
+    Raises:
+        ValueError: another dtype, or what :class:`~stage_grpo.rewards.batching.ModelOptions` refuses.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dtype != "float32":
+            raise ValueError(f"dtype={self.dtype!r}: pyiqa computes maniqa in float32; leave dtype out")
 
 
 class ManiqaReward(Reward):
     """Quality of the picture as people of the KonIQ-10k set rated it, about [0, 1].
 
-    pyiqa fetches its weights itself, into its own cache. Its licence (PolyForm Noncommercial 1.0.0) forbids commercial
-    use. It cuts each image into 20 even pieces, where AR-GRPO's code draws 20 at random: this reward is deterministic.
-    Source: arXiv:2204.08958.
+    pyiqa fetches the weights, into its own cache, unless the option ``weights`` names them. Its licence (PolyForm
+    Noncommercial 1.0.0) forbids commercial use. It looks at 20 pieces of each image, the upper four rows of an even
+    grid of 5 x 5, where AR-GRPO's code draws 20 at random: this reward is deterministic. Source: arXiv:2204.08958.
     """
 
     name = "maniqa"
@@ -39,7 +55,11 @@ class ManiqaReward(Reward):
         self._metric: Any = None
 
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> np.ndarray:
-        """Rates the images. See :meth:`Reward.compute`."""
+        """Rates the images. See :meth:`Reward.compute`.
+
+        Raises:
+            ValueError: ``weights`` is no file, or not one of MANIQA's; pyiqa or its torchvision does not import.
+        """
         import torch
 
         device = pick_device(self.options.device)
@@ -69,6 +89,35 @@ def _runs_of_one_size(pixels: list[Any]) -> list[list[Any]]:
 
 
 def _build(device: str, weights: str | None) -> Any:
-    import pyiqa  # pyright: ignore[reportMissingImports]
+    """MANIQA by pyiqa, as trained on KonIQ-10k."""
+    import torch
 
-    return pyiqa.create_metric("maniqa", device=device, as_loss=False, pretrained_model_path=weights)
+    try:
+        import pyiqa  # pyright: ignore[reportMissingImports]
+        from pyiqa.archs import arch_util, maniqa_arch  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:  # torchvision of another build of torch raises RuntimeError
+        remedy = f"install the torchvision that belongs to torch {torch.__version__}, from the same index"
+        raise ValueError(f"pyiqa does not import ({error}); {remedy}") from error
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"weights={weights!r} is no file; give MANIQA's ckpt_koniq10k.pt, or leave weights out")
+    file = weights or arch_util.load_file_from_url(maniqa_arch.default_model_urls["koniq"])
+    with _untrained_vit(maniqa_arch):
+        metric = pyiqa.create_metric("maniqa", device=device, as_loss=False, pretrained=False)
+    try:
+        # Not by pyiqa, which would unpickle whatever the file holds.
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        metric.net.load_state_dict(arch_util.clean_state_dict(tensors.get("params", tensors)))
+    except (UnpicklingError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{file} does not hold MANIQA's weights; give ckpt_koniq10k.pt") from error
+    return metric
+
+
+@contextmanager
+def _untrained_vit(module: Any) -> Iterator[None]:
+    """Lets pyiqa build its image encoder without fetching weights that MANIQA's own replace at once."""
+    kept = module.timm
+    module.timm = SimpleNamespace(create_model=lambda name, pretrained: kept.create_model(name, pretrained=False))
+    try:
+        yield
+    finally:
+        module.timm = kept

@@ -11,6 +11,7 @@ import binascii
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,11 +180,13 @@ def _decode_image(text: str, index: int, limits: Limits) -> Image.Image:
 
 
 def _plain(value: Any) -> Any:
-    """A detail as JSON: numbers and text as they are, lists likewise, all else as text."""
+    """A detail as JSON: numbers and text as they are, lists and mappings likewise, all else as text."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from stage_grpo.rewards.base import FunctionReward, Reward
@@ -76,6 +76,12 @@ REWARDS: dict[str, RewardEntry] = {
         'attributes, GIT\'s answer to "red car?"',
         "[0, 1]",
         "Apache-2.0",
+    ),
+    "blip_vqa": RewardEntry(
+        "stage_grpo.rewards.blip_vqa:BlipVqaReward",
+        "attributes, BLIP's answer to each noun phrase (T2I-CompBench)",
+        "[0, 1]",
+        "MIT",
     ),
     "gdino": RewardEntry(
         "stage_grpo.rewards.gdino:GdinoReward",
@@ -234,6 +240,10 @@ def _check_names(name: str, options: dict[str, Any], known: list[str]) -> None:
 
 
 def _checked_options(name: str, options_class: type[Any], options: dict[str, Any]) -> Any:
+    required = [o.name for o in fields(options_class) if o.default is MISSING and o.default_factory is MISSING]
+    if absent := [option for option in required if option not in options]:
+        shown = ", ".join(absent)
+        raise ValueError(f"reward {name!r} rejects its options {options}: {shown} is missing; give the option {shown}")
     try:
         return options_class(**options)
     except (TypeError, ValueError) as error:

@@ -118,6 +118,9 @@ _BERT_COMMIT = "86b5e0934494bd15c9632b12f734a8a67f723594"
 _IMAGE_REWARD = "zai-org/ImageReward"
 _OPENAI_L = "openai/clip-vit-large-patch14"
 _OPENAI_L_COMMIT = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+_OPENAI_B = "openai/clip-vit-base-patch32"
+_OPENAI_B_COMMIT = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+_OPENAI_B_SHA256 = "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"
 
 WEIGHTS: dict[str, WeightEntry] = {
     "mask2former-swin-s-coco": WeightEntry(
@@ -147,6 +150,16 @@ WEIGHTS: dict[str, WeightEntry] = {
         None,
         "not established",
         f"https://huggingface.co/{_OPENAI_L}",
+    ),
+    "clip-vit-base-patch32": WeightEntry(
+        (
+            *_hub(_OPENAI_B, _OPENAI_B_COMMIT, *_CLIP_FILES),
+            WeightFile("pytorch_model.bin", None, _OPENAI_B, _OPENAI_B_COMMIT, _OPENAI_B_SHA256, 605_247_071),
+        ),
+        "stage_grpo.weights.convert_clip:convert_pickled",
+        "not established",
+        f"https://huggingface.co/{_OPENAI_B}",
+        "the CLIP of T2I-CompBench's CLIPScore",
     ),
     "hps-v2.1": WeightEntry(
         (
@@ -220,6 +233,20 @@ WEIGHTS: dict[str, WeightEntry] = {
         None,
         "MIT",
         "https://huggingface.co/microsoft/git-large-vqav2",
+    ),
+    "blip-vqa": WeightEntry(
+        (
+            WeightFile(
+                "model_base_vqa_capfilt_large.pth",
+                "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
+                "model_base_vqa_capfilt_large.pth",
+            ),
+            *_hub(_BERT, _BERT_COMMIT, *_BERT_FILES),
+        ),
+        "stage_grpo.weights.convert_blip_vqa:convert",
+        "BSD-3-Clause",
+        "https://github.com/salesforce/BLIP",
+        "the file that T2I-CompBench uses, for pictures of 480 x 480",
     ),
     "grounding-dino-tiny": WeightEntry(
         (

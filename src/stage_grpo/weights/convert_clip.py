@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 HPS_FILE = "HPS_v2.1_compressed.pt"
+PICKLED_FILE = "pytorch_model.bin"
 HPS_HEADS = 16
 """Attention heads of both towers of ViT-H/14; the only numbers of the architecture that no tensor's shape tells."""
 
@@ -85,6 +86,29 @@ def convert_open_clip(
         model = CLIPModel(config)
     fill(model, renamed, origin)
     model.save_pretrained(out)
+
+
+def convert_pickled(source_files: dict[str, Path], out: Path) -> None:
+    """Writes a ``CLIPModel``, whose weights come as ``pytorch_model.bin`` under its own names, as safetensors.
+
+    Args:
+        source_files: ``pytorch_model.bin``, ``config.json``, and the tokenizer's and image processor's files.
+        out: Folder that exists.
+
+    Raises:
+        ValueError: a file is missing, broken, or not what its name says.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    file = need_file(source_files, PICKLED_FILE)
+    config = CLIPConfig.from_pretrained(need_file(source_files, "config.json"))
+    # Counters from 0, which older versions stored and today's make themselves.
+    tensors = {name: tensor for name, tensor in read_tensors(file).items() if not name.endswith(".position_ids")}
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    fill(model, tensors, str(file))
+    model.save_pretrained(out)
+    copy_others(source_files, out, {PICKLED_FILE, "config.json"})
 
 
 def _rename(name: str, tensor: Tensor, origin: str) -> list[tuple[str, Tensor]]:

@@ -73,25 +73,40 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _vision(state: dict[str, Tensor], origin: str) -> Any:
-    from transformers import BlipVisionConfig, BlipVisionModel
+    from transformers import BlipVisionModel
+
+    config = vision_config(state, VISION_HEADS)
+    with torch.device("meta"):
+        model = BlipVisionModel(config)
+    fill(model, {vision_name(name): tensor for name, tensor in state.items()}, origin)
+    return model
+
+
+def vision_config(state: dict[str, Tensor], num_heads: int) -> Any:
+    """Config of BLIP's image model, read off its tensors.
+
+    Args:
+        state: Tensors under the original's names.
+        num_heads: Attention heads, which no shape tells.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    from transformers import BlipVisionConfig
 
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    config = BlipVisionConfig(
+    return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_attention_heads=VISION_HEADS,
+        num_attention_heads=num_heads,
         image_size=round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch_size,
         patch_size=patch_size,
         layer_norm_eps=1e-6,
     )
-    with torch.device("meta"):
-        model = BlipVisionModel(config)
-    fill(model, {_vision_name(name): tensor for name, tensor in state.items()}, origin)
-    return model
 
 
-def _vision_name(name: str) -> str:
+def vision_name(name: str) -> str:
     """A name in transformers' layout; one that is not known stays, and is reported when the model is filled."""
     if name in _VISION_NAMES:
         return _VISION_NAMES[name]
