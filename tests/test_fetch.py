@@ -240,6 +240,38 @@ def test_commands_fetch_and_list(small_sets):
     assert two.split()[:4] == ["two", "present", "MIT", "http://h"]
 
 
+def test_a_file_without_a_known_checksum_is_pinned_by_its_first_fetch(server, tmp_path, monkeypatch):
+    server.body = b'["a cat", "a dog"]'
+    mine = a_set(server.url, None, "anime.json")
+    assert presence(mine, tmp_path) == "missing"
+    (path,) = fetch(mine, tmp_path, patience=QUICK)
+    assert path.read_bytes() == server.body and presence(mine, tmp_path) == "present"
+    assert (tmp_path / "anime.json.sha256").read_text().strip() == hashlib.sha256(server.body).hexdigest()
+    # The bytes of the first fetch are those of every later one: an edit shows, and so does another file at home.
+    path.write_bytes(b'["a cow"]')
+    assert presence(mine, tmp_path) == "altered"
+    with pytest.raises(ValueError, match=r"anime\.json is not the official file: .*; remove it to fetch it again"):
+        fetch(mine, tmp_path, patience=QUICK)
+    path.unlink()
+    server.body = b'["a cow"]'
+    with pytest.raises(ValueError, match="is not the official file"):
+        fetch(mine, tmp_path, patience=QUICK)
+    # One that was put there by hand counts once a fetch has looked at it.
+    (tmp_path / "hand").mkdir()
+    (tmp_path / "hand" / "anime.json").write_text('["a pig"]')
+    assert presence(mine, tmp_path / "hand") == "incomplete"
+    fetch(mine, tmp_path / "hand", patience=QUICK)
+    assert presence(mine, tmp_path / "hand") == "present"
+    server.body = b"<html>please log in</html>"
+    with pytest.raises(ValueError, match=r"what came for anime\.json is no JSON list of prompts; get it from http"):
+        fetch(mine, tmp_path / "page", patience=QUICK)
+    assert names_in(tmp_path / "page") == [] and presence(mine, tmp_path / "page") == "missing"
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror/")
+    assert (
+        PROMPT_SETS["hps"].files[0].address == "http://mirror/datasets/zhwang/HPDv2/resolve/main/benchmark/anime.json"
+    )
+
+
 def test_presence_and_locate(small_sets):
     command.main_fetch("stage data fetch", ["two"])
     (small_sets / "two" / "b.jsonl").unlink()
@@ -256,7 +288,7 @@ def test_presence_and_locate(small_sets):
     ("words", "message"),
     [
         ([], "the following arguments are required: name"),
-        (["geneva"], "unknown prompt set 'geneva'; known are geneval, t2i_compbench, drawbench, ocr, t2i_r1"),
+        (["geneva"], "unknown prompt set 'geneva'; known are geneval, t2i_compbench, drawbench, hps, ocr, t2i_r1"),
         (["geneval", "--from", "nowhere"], "--from nowhere does not exist"),
         (["t2i_compbench", "--from", __file__], "is one file; give the folder that holds color_val.txt, shape_val"),
         (["geneval", "--form", "x"], "unrecognized arguments: --form x"),
@@ -270,6 +302,9 @@ def test_wrong_commands(words, message, tmp_path, monkeypatch):
 
 def test_the_table_is_pinned():
     files = [file for prompt_set in PROMPT_SETS.values() for file in prompt_set.files]
+    unknown = [file for file in files if file.sha256 is None]
+    assert unknown == list(PROMPT_SETS["hps"].files)  # whose checksums could not be established
+    files = [file for file in files if file.sha256 is not None]
     assert len(files) == 12 and len({file.sha256 for file in files}) == 12
     for file in files:
         assert len(file.sha256) == 64 and set(file.sha256) <= set("0123456789abcdef")
@@ -285,7 +320,7 @@ SIZES = {"geneval": [553], "t2i_compbench": [300] * 8, "drawbench": [200], "ocr"
 
 def test_official_files_are_the_pinned_ones_and_load(tmp_path):
     """On the official files where they lie beside the repository; elsewhere there is nothing to compare."""
-    there = [prompt_set for name, prompt_set in PROMPT_SETS.items() if (OFFICIAL / name).is_dir()]
+    there = [prompt_set for name, prompt_set in PROMPT_SETS.items() if name in SIZES and (OFFICIAL / name).is_dir()]
     for prompt_set in there:
         paths = fetch(prompt_set, tmp_path / prompt_set.name, OFFICIAL)
         assert [len(load_rows(path)) for path in paths] == SIZES[prompt_set.name]

@@ -61,8 +61,9 @@ def write_side(folder: Path, correct: list[float]) -> Scores:
     for index, (tag, right) in enumerate(zip(tags, correct)):
         metadata = {"prompt": PROMPT, "tag": tag}
         image_folders.write_prompt_folder(folder, index, metadata, [tile(int(200 * right))])
-        record = {"folder": f"{index:05d}", "file": "00000.png", "prompt": PROMPT, "tag": tag, "strict": right}
-        per_image.append(record | {"graded": right / 2, "reasons": [] if right else ["found <nothing>"]})
+        record = {"path": f"{index:05d}/samples/00000.png", "index": index, "sample": 0, "prompt": PROMPT, "tag": tag}
+        record |= {"scores": {"strict": right, "graded": right / 2}, "objects": None}
+        per_image.append(record | {"reasons": [] if right else ["found <nothing>"]})
     column_scores = dict(zip(tags, correct)) | {"overall": float(np.mean(correct)), "heldout": 0.5}
     return Scores(
         benchmark="shapes",
@@ -70,12 +71,15 @@ def write_side(folder: Path, correct: list[float]) -> Scores:
         scores={"strict": column_scores, "graded": {name: value / 2 for name, value in column_scores.items()}},
         ci95={m: {name: [0.0, 1.0] for name in column_scores} for m in ("strict", "graded")},
         num_images=6,
-        num_unscored=0,
+        num_unscored={"strict": 0, "graded": 0},
         num_prompts=6,
-        diversity=0.9,
-        per_image=per_image,
-        settings={"reward": "shapes", "seed": 0},
+        diversity={"unique_share": 0.9, "pairwise_distance": None, "space": None},
+        missing={},
+        partial=False,
+        problems=[],
+        settings={"prompts": "folders", "seed": 0},
         versions={},
+        per_image=per_image,
     )
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from stage_grpo import charts
-from stage_grpo.benchmarks import get_benchmark
+from stage_grpo.benchmarks import STRICT, get_benchmark
 from stage_grpo.image_folders import load_image
 from stage_grpo.run_record import RunRecord
-from stage_grpo.scores import GRADED, OVERALL, STRICT, Scores, compare, label, selections
+from stage_grpo.scores import OVERALL, Scores, compare, label, selections
 
 
 def headline(before: Scores, after: Scores, run: RunRecord, seconds: float) -> list[dict[str, str]]:
@@ -33,17 +33,18 @@ def headline(before: Scores, after: Scores, run: RunRecord, seconds: float) -> l
         ValueError: The two sides do not pair.
     """
     cards = []
-    for measure, name in ((STRICT, "strict score, overall"), (GRADED, "graded score, overall")):
-        if OVERALL not in before.scores.get(measure, {}):
+    for measure in before.scores:
+        if OVERALL not in before.scores[measure]:
             continue
         gain = compare(before, after, measure)[OVERALL]
         sides = (_cell(scores, measure, OVERALL)["value"] for scores in (before, after))
         detail = f"{gain.value:+.3f}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}, paired"
-        cards.append({"value": " → ".join(sides), "name": name, "detail": detail})
-    if before.diversity is not None and after.diversity is not None:
+        cards.append({"value": " → ".join(sides), "name": f"{label(measure)} score, overall", "detail": detail})
+    shares = [scores.diversity["unique_share"] for scores in (before, after)]
+    if None not in shares:
         cards.append(
             {
-                "value": f"{before.diversity:.0%} → {after.diversity:.0%}",
+                "value": " → ".join(f"{share:.0%}" for share in shares),
                 "name": "different images of one prompt",
                 "detail": "a fall means that the policy repeats itself",
             }
@@ -58,7 +59,7 @@ def comparison_table(before: Scores, after: Scores, measure: str) -> dict[str, A
     Args:
         before: Scores before training.
         after: Scores after training, of the same prompts.
-        measure: "strict" or "graded".
+        measure: A measure of both.
 
     Returns:
         The measure and one row a category, formatted.
@@ -89,7 +90,7 @@ def comparison_table(before: Scores, after: Scores, measure: str) -> dict[str, A
 
 
 def dots(before: Scores, after: Scores) -> str:
-    """Both sides as points with intervals: strict where there is such a rule, else graded.
+    """Both sides as points with intervals, in the headline measure.
 
     Args:
         before: Scores before training.
@@ -98,7 +99,7 @@ def dots(before: Scores, after: Scores) -> str:
     Returns:
         An ``<svg>`` element.
     """
-    measure = STRICT if STRICT in before.scores else GRADED
+    measure = before.headline
     names = [n for n in selections(get_benchmark(before.benchmark)) if n in before.scores[measure]]
     sides = {}
     for side, scores in (("before", before), ("after", after)):
@@ -175,7 +176,7 @@ def picture(
             image = load_image(_image_path(scores.per_image[i], folder)).resize((tile, tile), Image.Resampling.NEAREST)
             y = header + row * (tile + margin)
             sheet.paste(image, (x, y))
-            color = "#2a9d6f" if scores.per_image[i].get(STRICT) == 1.0 else "#c9ced8"
+            color = "#2a9d6f" if scores.per_image[i]["scores"].get(STRICT) == 1.0 else "#c9ced8"
             draw.rectangle((x, y, x + tile - 1, y + tile - 1), outline=color, width=3)
     return sheet
 
@@ -194,17 +195,18 @@ def _cell(scores: Scores, measure: str, name: str) -> dict[str, str]:
 
 
 def _verdict(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    image = load_image(_image_path(record, folder))
+    image, strict = load_image(_image_path(record, folder)), record["scores"].get(STRICT)
+    shown = [f"{value:.2f}" for measure, value in record["scores"].items() if measure != STRICT and value is not None]
     return {
         "uri": charts.data_uri(image),
-        "correct": None if record.get(STRICT) is None else record[STRICT] == 1.0,
-        "score": "not scored" if record[GRADED] is None else f"{record[GRADED]:.2f}",
+        "correct": None if strict is None else strict == 1.0,
+        "score": shown[0] if shown else "not scored",
         "reasons": record["reasons"],
     }
 
 
 def _image_path(record: Mapping[str, Any], folder: Path) -> Path:
-    return folder / record["folder"] / "samples" / record["file"]
+    return folder / record["path"]
 
 
 def _evenly_spaced(scores: Scores, column: str, count: int) -> list[int]:

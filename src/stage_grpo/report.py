@@ -18,7 +18,7 @@ from markupsafe import Markup
 from stage_grpo import before_after, charts
 from stage_grpo.benchmarks import get_benchmark
 from stage_grpo.run_record import RunRecord, Samples, read_run
-from stage_grpo.scores import GRADED, STRICT, Scores
+from stage_grpo.scores import Scores
 
 _MAX_GROUP_IMAGES = 8
 
@@ -35,6 +35,7 @@ class ChartLine:
 
 CHARTS = (
     ChartLine("Reward", "What training maximises, all rewards weighted and summed.", {"reward": "reward"}),
+    ChartLine("Held-out score", "On prompts that are not trained on; see heldout.jsonl.", {"heldout/score": "score"}),
     ChartLine(
         "KL from the reference",
         "k3 estimate a token, nats. A steady rise is learning; a jump is drift.",
@@ -110,11 +111,14 @@ def write_demo_report(
     context = _run_context(run) | {
         "title": title,
         "headline": before_after.headline(before, after, run, sum(phases.values())),
-        "tables": [before_after.comparison_table(before, after, m) for m in (STRICT, GRADED) if m in before.scores],
+        "tables": [before_after.comparison_table(before, after, m) for m in before.scores],
         "dots": Markup(before_after.dots(before, after)),
         "pairs": before_after.pairs(before, after, Path(before_images), Path(after_images), pairs_per_category),
         "phases": phases,
-        "evaluation": {"benchmark": get_benchmark(before.benchmark).title, **after.settings},
+        "evaluation": {
+            "benchmark": get_benchmark(before.benchmark).title,
+            **{name: _plain(value) for name, value in after.settings.items()},
+        },
     }
     return _write(Path(path), context)
 

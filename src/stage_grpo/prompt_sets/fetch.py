@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -76,36 +77,75 @@ def presence(prompt_set: PromptSet, folder: Path | None = None) -> str:
     """Whether a set is "present", "missing", "incomplete" or "altered" (a file with another checksum)."""
     folder = folder or cache_folder() / prompt_set.name
     there = [file for file in prompt_set.files if (folder / file.name).is_file()]
-    if any(sha256_of(folder / file.name) != file.sha256 for file in there):
+    expected = {file.name: _checksum(file, folder) for file in there}
+    if any(sha256 and sha256_of(folder / name) != sha256 for name, sha256 in expected.items()):
         return "altered"
     if not there:
         return "missing"
-    return "present" if len(there) == len(prompt_set.files) else "incomplete"
+    is_whole = len(there) == len(prompt_set.files) and all(expected.values())
+    return "present" if is_whole else "incomplete"
 
 
 def _fetch_file(
     prompt_set: PromptSet, file: RemoteFile, folder: Path, source: Path | None, patience: Patience | None
 ) -> Path:
     target = folder / file.name
-    if target.exists():
-        check_sha256(target, file.sha256, f"{target} is not the official file", "remove it to fetch it again")
+    sha256 = _checksum(file, folder)
+    if not target.exists():
+        # Named after its checksum, so that bytes of another version are never continued.
+        part = folder / f".{file.name}.{(sha256 or 'unknown')[:12]}.part"
+        if source is not None:
+            _copy_file(prompt_set, file, sha256, source, part)
+        else:
+            by_hand = f"get it elsewhere and put it at {target}, or pass it by --from PATH"
+            download_checked(file.address, part, file.name, sha256 or "", by_hand, patience)
+        try:
+            _check_content(file, part)
+        except ValueError:
+            part.unlink()
+            raise
+        part.replace(target)
+    elif sha256 is not None:
+        check_sha256(target, sha256, f"{target} is not the official file", "remove it to fetch it again")
         return target
-    # Named after its checksum, so that bytes of another version are never continued.
-    part = folder / f".{file.name}.{file.sha256[:12]}.part"
-    if source is not None:
-        _copy_file(prompt_set, file, source, part)
-    else:
-        by_hand = f"get it elsewhere and put it at {target}, or pass it by --from PATH"
-        download_checked(file.url, part, file.name, file.sha256, by_hand, patience)
-    part.replace(target)
+    if sha256 is None:
+        _check_content(file, target)
+        _record(file, folder).write_text(sha256_of(target) + "\n", encoding="utf-8")
     return target
 
 
-def _copy_file(prompt_set: PromptSet, file: RemoteFile, source: Path, part: Path) -> None:
+def _record(file: RemoteFile, folder: Path) -> Path:
+    """Where the checksum of a file is kept that has none beforehand."""
+    return folder / f"{file.name}.sha256"
+
+
+def _checksum(file: RemoteFile, folder: Path) -> str | None:
+    """What a file's SHA-256 must be, or None if nothing says so yet."""
+    if file.sha256 is not None:
+        return file.sha256
+    try:
+        return _record(file, folder).read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _check_content(file: RemoteFile, path: Path) -> None:
+    """Refuse a page that asks to log in, where no checksum tells: JSON files must be lists of texts."""
+    if file.sha256 is not None or not file.name.endswith(".json"):
+        return
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        prompts = None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"what came for {file.name} is no JSON list of prompts; get it from {file.address}")
+
+
+def _copy_file(prompt_set: PromptSet, file: RemoteFile, sha256: str | None, source: Path, part: Path) -> None:
     found = _find_in(source, prompt_set, file)
     try:
         shutil.copyfile(found, part)
-        check_sha256(part, file.sha256, f"{found} is not the official file", f"get it from {file.url}")
+        check_sha256(part, sha256 or "", f"{found} is not the official file", f"get it from {file.address}")
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -121,5 +161,5 @@ def _find_in(source: Path, prompt_set: PromptSet, file: RemoteFile) -> Path:
     places = [folder / name for folder in (source, source / prompt_set.name) for name in names]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise ValueError(f"--from {source} holds no {' or '.join(dict.fromkeys(names))}; get it from {file.url}")
+        raise ValueError(f"--from {source} holds no {' or '.join(dict.fromkeys(names))}; get it from {file.address}")
     return found

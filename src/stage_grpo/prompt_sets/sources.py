@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
+
+_HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,19 @@ class RemoteFile:
     Attributes:
         name: What it is called here; its extension says how ``stage_grpo.data.load_rows`` reads it.
         url: Where it is fetched from; at GitHub, at a commit, so that it cannot change.
-        sha256: Of its bytes, 64 hexadecimal digits.
+        sha256: Of its bytes, 64 hexadecimal digits; None for unknown: then that of what came first is recorded beside
+            it, and checked ever after.
     """
 
     name: str
     url: str
-    sha256: str
+    sha256: str | None
+
+    @property
+    def address(self) -> str:
+        """Its ``url``; files of the hub from ``$HF_ENDPOINT``, if that is set."""
+        endpoint = os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
+        return endpoint + self.url.removeprefix(_HUB) if self.url.startswith(f"{_HUB}/") else self.url
 
     @property
     def upstream_name(self) -> str:
@@ -104,6 +114,11 @@ _DRAWBENCH = RemoteFile(
     "/gviz/tq?tqx=out:csv&sheet=Sheet1",
     "e120fd4d8aa8f6c44b0b3ee92d9dfb7463c67f5b2d427d23a2bf388f80a0c0c1",
 )
+# As hpsv2.benchmark_prompts() downloads them. Neither commit nor checksum could be established.
+_HPS = tuple(
+    RemoteFile(f"{style}.json", f"{_HUB}/datasets/zhwang/HPDv2/resolve/main/benchmark/{style}.json", None)
+    for style in ("anime", "concept-art", "paintings", "photo")
+)
 
 PROMPT_SETS: dict[str, PromptSet] = {
     prompt_set.name: prompt_set
@@ -124,6 +139,13 @@ PROMPT_SETS: dict[str, PromptSet] = {
             "not stated",
             "https://imagen.research.google",
             (_DRAWBENCH,),
+        ),
+        PromptSet(
+            "hps",
+            "HPS v2: 800 evaluation prompts in each of 4 styles (checksums unknown)",
+            "not established",
+            "https://huggingface.co/datasets/zhwang/HPDv2",
+            _HPS,
         ),
         PromptSet(
             "ocr", "Flow-GRPO's OCR test prompts: 1,018", "MIT", "https://github.com/yifan123/flow_grpo", (_OCR,)
