@@ -1,13 +1,12 @@
-"""Write one image for each prompt of a file: `python infer/reason_inference.py --model_path ... --data_path ...`."""
+"""Images for the prompts of a file.
 
-import argparse
+python infer/reason_inference.py --model_path M --data_path test_data.txt
+"""
+
+import sys
 
 from stage_grpo.cli import main
+from stage_grpo.infer_doors import generate_words
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_path", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--data_path", required=True, help="prompt file: .txt, .jsonl or .csv")
-    parser.add_argument("--save_root", default="outputs/images", help="folder to write")
-    known, rest = parser.parse_known_args()
-    main(["generate", "--model", known.model_path, "--prompts", known.data_path, "--out", known.save_root, *rest])
+    main(["generate", *generate_words("prompts", sys.argv[1:])])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from stage_grpo.command_line import ArgumentParser
@@ -83,65 +81,25 @@ def _train(program: str, words: list[str]) -> None:
 
 @command("generate", "write images for prompts")
 def _generate(program: str, words: list[str]) -> None:
-    parser = ArgumentParser(prog=program, description="Write images for prompts, in GenEval's folder layout.")
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="one prompt")
-    source.add_argument("--prompts", help="prompt file: .txt, .jsonl or .csv")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--num-images", type=int, default=1, help="images of each prompt (1)")
-    parser.add_argument("--batch-size", type=int, help="images at a time (what fits)")
-    parser.add_argument("--seed", type=int, default=0, help="seed (0)")
-    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (the checkpoint's own, else 5)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="temperature (1)")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes (all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes of this share (all)")
-    parser.add_argument("--dtype", default="float32", help="dtype of the weights (float32)")
-    parser.add_argument("--prompt-template", default="janus", help="janus or t2i_r1 (janus)")
-    options = parser.parse_args(words)
-
-    from stage_grpo.data import load_rows
-    from stage_grpo.generation import generate
-    from stage_grpo.policy import load_policy, load_tokenizer
-    from stage_grpo.sampling import Sampling
-    from stage_grpo.types import PromptRow
+    from stage_grpo.generation_command import main_generate
 
     _hide_loading_bars()
-    rows = load_rows(options.prompts) if options.prompts else [PromptRow(options.prompt, {})]
-    given = 5.0 if options.guidance_scale is None else options.guidance_scale
-    sampling = Sampling(given, options.temperature, options.top_k, options.top_p)  # wrong values end before loading
-    policy = load_policy(options.model, options.dtype)
-    if options.guidance_scale is None and policy.default_guidance_scale is not None:
-        sampling = dataclasses.replace(sampling, guidance_scale=policy.default_guidance_scale)
-    out = generate(
-        policy,
-        load_tokenizer(policy),
-        rows,
-        options.out,
-        sampling,
-        num_images=options.num_images,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        prompt_template=options.prompt_template,
-    )
-    print(f"wrote {len(rows) * options.num_images} images to {out}")
+    print(main_generate(program, words))
 
 
 @command("evaluate", "score a folder of images on a benchmark")
 def _evaluate(program: str, words: list[str]) -> None:
-    parser = ArgumentParser(prog=program, description="Score a folder of images on a benchmark.")
-    parser.add_argument("--benchmark", required=True, help="name of the benchmark, e.g. shapes")
-    parser.add_argument("--images", required=True, help="folder written by stage generate")
-    parser.add_argument("--out", help="JSON file to write")
-    options = parser.parse_args(words)
+    from stage_grpo.evaluation_command import main_evaluate
 
-    from stage_grpo.evaluation import evaluate
-    from stage_grpo.scores import format_table
+    _hide_loading_bars()
+    print(main_evaluate(program, words))
 
-    scores = evaluate(options.benchmark, options.images)
-    if options.out:
-        scores.save(Path(options.out))
-    print(format_table(scores))
+
+@command("compare", "paired differences between scores, beside published results")
+def _compare(program: str, words: list[str]) -> None:
+    from stage_grpo.comparing import main_compare
+
+    print(main_compare(program, words))
 
 
 @command("score", "score a folder of images with rewards")
@@ -181,15 +139,11 @@ def _weights_get(program: str, words: list[str]) -> None:
     print(main_get(program, words))
 
 
-@command("report", "write the HTML report of a run folder")
+@command("report", "write the HTML report of a run, or a gallery of image sets")
 def _report(program: str, words: list[str]) -> None:
-    parser = ArgumentParser(prog=program, description="Write report.html into a run folder.")
-    parser.add_argument("run", help="run folder")
-    options = parser.parse_args(words)
+    from stage_grpo.report_command import main_report
 
-    from stage_grpo.report import write_run_report
-
-    print(f"wrote {write_run_report(Path(options.run))}")
+    print(main_report(program, words))
 
 
 @command("demo", "train the tiny Janus and show before and after")
@@ -198,6 +152,16 @@ def _demo(program: str, words: list[str]) -> None:
 
     _hide_loading_bars()
     print(run_demo(_parse(DemoConfig, program, words)))
+
+
+@command("ablate", "run grids of variants, settings and seeds, and say what they show")
+def _ablate(program: str, words: list[str]) -> None:
+    from stage_grpo.ablation.command import main_ablate
+
+    text, code = main_ablate(program, words)
+    print(text)
+    if code:
+        sys.exit(code)
 
 
 @command("plan", "memory, images, operations and disk of a run, before it starts")

@@ -1,0 +1,12 @@
+"""Images for text rendering.
+
+torchrun --nproc_per_node=8 infer/reason_inference_ocr.py --model_path M --save_root D
+"""
+
+import sys
+
+from stage_grpo.cli import main
+from stage_grpo.infer_doors import generate_words
+
+if __name__ == "__main__":
+    main(["generate", *generate_words("ocr", sys.argv[1:])])
