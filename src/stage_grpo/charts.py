@@ -9,6 +9,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -21,6 +22,7 @@ from PIL import Image
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fde", "#e07b39", "#2a9d6f", "#8459c9", "#8a93a3"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#c2456b", GREY)
+SIDES = (GREY, BLUE, ORANGE, GREEN, PURPLE)
 _INK, _RULE = "#333b49", "#e3e7ee"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's own font
@@ -79,24 +81,37 @@ def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str]
 
 
 def interval_chart(
-    rows: Sequence[str], sides: Mapping[str, Sequence[tuple[Number, Number, Number]]], *, salt: str
+    rows: Sequence[str],
+    sides: Mapping[str, Sequence[tuple[Number, Number, Number]]],
+    *,
+    salt: str,
+    limits: tuple[float, float] | None = (-0.02, 1.02),
+    zero: bool = False,
+    colors: Sequence[str] = SIDES,
+    width: float = 3.7,
+    legend: bool = True,
 ) -> str:
     """Scores with intervals, one row a category, one colour a side.
 
     Args:
         rows: Names of the rows, top to bottom.
-        sides: Name of the side ("before", "after") to (value, low, high) a row, in [0, 1].
+        sides: Name of the side ("before", "after") to (value, low, high) a row.
         salt: See `line_chart`.
+        limits: Ends of the axis, by default those of scores in [0, 1]; None fits it to the values.
+        zero: Whether 0 has a line of its own and is always on an axis that fits the values.
+        colors: One a side, over again if there are more sides.
+        width: Of the figure, in inches; long names of rows need more.
+        legend: Whether to name the sides above the plot.
 
     Returns:
         An ``<svg>`` element.
     """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        figure = Figure(figsize=(3.7, 0.33 * len(rows) + 0.8), layout="constrained")
+        figure = Figure(figsize=(width, 0.33 * len(rows) + 0.8), layout="constrained")
         axes = figure.subplots()
-        colors = (GREY, BLUE)
-        shifts = np.linspace(-0.14, 0.14, len(sides))
-        for color, shift, (name, triples) in zip(colors * 3, shifts, sides.items()):
+        spread = min(0.14 * (len(sides) - 1), 0.3)
+        shifts = np.linspace(-spread, spread, len(sides))
+        for color, shift, (name, triples) in zip(cycle(colors), shifts, sides.items()):
             value, low, high = np.array(triples, dtype=float).T
             at = np.arange(len(rows)) + shift
             axes.hlines(at, low, high, color=color, linewidth=2.2, alpha=0.45)
@@ -106,8 +121,84 @@ def interval_chart(
         _tidy(axes)
         axes.grid(axis="x", color=_RULE, linewidth=0.8)
         axes.grid(axis="y", visible=False)
-        axes.set_xlim(-0.02, 1.02)
-        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(sides))
+        if zero:
+            axes.axvline(0, color=GREY, linewidth=0.9, zorder=0)
+        if limits:
+            axes.set_xlim(*limits)
+        if legend:
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(sides))
+        return _svg(figure)
+
+
+def band_chart(series: Mapping[str, Sequence[Series]], *, salt: str, colors: Mapping[str, str] | None = None) -> str:
+    """A metric over training steps, one colour a variant: the mean over runs in a band from lowest to highest.
+
+    Args:
+        series: Label to the (steps, values) of each run; a step that not all runs of a label have is left out.
+        salt: See `line_chart`.
+        colors: Label to colour; by default the palette in order.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        axes = figure.subplots()
+        for color, (name, runs) in zip(cycle(PALETTE), series.items()):
+            color = (colors or {}).get(name, color)
+            tables = [dict(zip(*run)) for run in runs if len(run[0])]
+            steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+            if not steps:
+                continue
+            values = np.array([[table[step] for step in steps] for table in tables], dtype=float)
+            window = max(1, len(steps) // 12)
+            smooth = np.array([moving_average(row, window) for row in values])
+            axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=color, alpha=0.18, linewidth=0)
+            axes.plot(steps, smooth.mean(axis=0), color=color, linewidth=1.6, label=name)
+        _tidy(axes)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        return _svg(figure)
+
+
+def heat_map(
+    values: Float[np.ndarray, "R C"],
+    names: tuple[Sequence[str], Sequence[str]],
+    titles: tuple[str, str],
+    limits: tuple[float, float],
+    *,
+    salt: str,
+) -> str:
+    """Numbers over two axes, written into coloured squares.
+
+    Args:
+        values: One a square; NaN leaves it empty.
+        names: Names of the rows and of the columns.
+        titles: What the rows and the columns are.
+        limits: Values at the two ends of the colour scale, so that maps can be compared.
+        salt: See `line_chart`.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        rows, columns = names
+        figure = Figure(figsize=(1.3 + 0.8 * len(columns), 0.9 + 0.45 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        low, high = limits
+        span = (low, high) if high > low else (low - 0.5, low + 0.5)
+        axes.imshow(values, cmap="YlGnBu", vmin=span[0], vmax=span[1], aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = (value - span[0]) / (span[1] - span[0]) > 0.6
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white" if dark else _INK)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel(titles[1])
+        axes.set_ylabel(titles[0])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
         return _svg(figure)
 
 
