@@ -15,8 +15,13 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
+from transformers import AutoProcessor
 
 from conftest import PROMPTS
+from stage_grpo.benchmarks import get_benchmark
+from stage_grpo.data import load_rows
+from stage_grpo.heldout import HeldoutEvaluation
+from stage_grpo.heldout_plan import HeldoutPlan
 from stage_grpo.policy import load_policy
 from stage_grpo.trainer import StageTrainer
 from stage_grpo.training import LORA_TARGETS
@@ -72,7 +77,18 @@ def share_held(model):
     return sum(held) / sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
-def train(checkpoint, folder, resume=None, lora=False, **changes):
+def score_held_out_prompts(trainer, checkpoint, folder):
+    """At steps 0 and 4, three images a process, and the best policy kept."""
+    rows = load_rows(Path(__file__).parents[1] / "assets" / "shapes" / "heldout.jsonl")[::100]
+    prompts = Path(folder, "heldout_prompts.jsonl")
+    if trainer.accelerator.is_main_process:
+        prompts.parent.mkdir(parents=True, exist_ok=True)
+        prompts.write_text("".join(json.dumps(row.metadata) + "\n" for row in rows))
+    plan = HeldoutPlan(get_benchmark("shapes"), "graded", tuple(rows), trainer.args.sampling, prompts=str(prompts))
+    trainer.add_callback(HeldoutEvaluation(trainer, plan, 4, AutoProcessor.from_pretrained(checkpoint)))
+
+
+def train(checkpoint, folder, resume=None, lora=False, heldout=False, **changes):
     if lora and FSDP:
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # accelerate's default
     args = arguments(folder, **changes)
@@ -80,6 +96,8 @@ def train(checkpoint, folder, resume=None, lora=False, **changes):
     adapters = LoraConfig(r=4, target_modules=LORA_TARGETS) if lora else None
     held_out = rows.select([3]) if args.do_eval else None
     trainer = StageTrainer(load_policy(checkpoint), brightness, args, rows, held_out, peft_config=adapters)
+    if heldout:
+        score_held_out_prompts(trainer, checkpoint, folder)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder))
     if args.sync_ref_model:

@@ -9,18 +9,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import GRPOTrainer
 
 from distributed_worker import train
 from stage_grpo.gathering import ShardedTrainer
+from stage_grpo.heldout_record import read_records
 from stage_grpo.policy import load_policy
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +54,7 @@ SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "pe
 def alone(checkpoint, tmp_path_factory):
     """The same runs in one process, without accumulation."""
     folder = tmp_path_factory.mktemp("alone")
-    train(checkpoint, folder / "straight", **WHOLE, **STRAIGHT)
+    train(checkpoint, folder / "straight", heldout=True, **WHOLE, **STRAIGHT)
     train(checkpoint, folder / "lora", **WHOLE, **LORA)
     return folder
 
@@ -103,6 +106,22 @@ def check_evaluation(split, alone):
         assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
 
 
+def check_heldout(split, alone):
+    """Each process drew three of the six images; the best policy is whole and the one that was scored."""
+    for step in (0, 4):
+        folder = Path("heldout", f"step-{step:06d}", "images")
+        paths = sorted(path.relative_to(alone) for path in (alone / folder).rglob("samples/*.png"))
+        assert len(paths) == 6
+        for path in paths:
+            assert Image.open(split / path).tobytes() == Image.open(alone / path).tobytes(), path
+        sizes = [json.loads((run / folder / "generation.json").read_text())["batch_size"] for run in (alone, split)]
+        assert sizes == [6, 3]
+    records = [[replace(record, seconds=0) for record in read_records(run)] for run in (split, alone)]
+    assert records[0] == records[1] and [record.step for record in records[0]] == [0, 4]
+    kept = [load_policy(str(run / "best")).state_dict() for run in (split, alone)]
+    assert kept[0].keys() == kept[1].keys() and difference(*kept) < 1e-6
+
+
 def check_bfloat16(folder):
     """Policy and reference compute alike, and what they return is not rounded to bfloat16."""
     row = logged(folder)[1]
@@ -148,7 +167,7 @@ def test_two_processes_equal_one(checkpoint, alone, tmp_path, mode):
     straight, resumed, lora, bf16 = (tmp_path / name for name in ("straight", "resumed", "lora", "bf16"))
     job = {"checkpoint": checkpoint, **SPLIT}
     jobs = [
-        {**job, **STRAIGHT, "folder": str(straight)},
+        {**job, **STRAIGHT, "folder": str(straight), "heldout": True},
         {**job, **STRAIGHT, "folder": str(resumed), "resume": f"{straight}/checkpoint-2"},
         {**job, **LORA, "folder": str(lora)},
         {**job, **BF16, "folder": str(bf16)},
@@ -156,6 +175,7 @@ def test_two_processes_equal_one(checkpoint, alone, tmp_path, mode):
     launch(mode, jobs)
     check_logs(straight, alone / "straight")
     check_evaluation(straight, alone / "straight")
+    check_heldout(straight, alone / "straight")
     check_weights(checkpoint, straight, alone / "straight")
     check_reference(checkpoint, straight, alone / "straight")
     check_resumed(resumed, straight)

@@ -17,6 +17,7 @@ import torch
 import yaml
 from trl import GRPOConfig, TrlParser
 
+from stage_grpo import heldout_plan
 from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.presets import CHOICES, NOT_NEGATIVE, PRESETS, UNSUPPORTED
 from stage_grpo.sampling import Sampling
@@ -36,7 +37,9 @@ class StageConfig(GRPOConfig):
         ValueError: If a value, or a combination of values, cannot work; the message names field, value and remedy.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "reward_options"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *GRPOConfig._VALID_DICT_FIELDS, "reward_options", "heldout_reward_options"
+    ]  # fmt: skip
 
     # Model and data
     model: str | None = _option(None, "Checkpoint folder in transformers format, or hub name.")
@@ -92,6 +95,19 @@ class StageConfig(GRPOConfig):
     kl_on_zero_variance: bool | None = _option(None, "Whether groups without an advantage still feel the KL.")
     min_reward_std: float | None = _option(None, "Groups whose rewards spread no more get advantage 0.")
 
+    # Held-out evaluation
+    heldout_benchmark: str | None = _option(None, "Benchmark to test on while training, e.g. geneval; None: no test.")
+    heldout_prompts: str | None = _option(None, "Its prompt file or folder; None: the official prompts.")
+    heldout_steps: int = _option(50, "Test at step 0, every so many steps, and at the end.")
+    heldout_measure: str | None = _option(None, "Measure to follow; None: the benchmark's headline.")
+    heldout_num_images: int = _option(1, "Images of each prompt.")
+    heldout_guidance_scale: float | None = _option(None, "Guidance of these images; None: as in training.")
+    heldout_reward_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options by name of the rewards that score the test."}
+    )
+    heldout_keep_images: bool = _option(False, "Keep the images of all tests: not of the first, best and last alone.")
+    keep_best: bool = _option(True, "Keep the policy that tested best in output_dir/best.")
+
     # Resuming
     resume: str = _option("auto", "auto (newest whole checkpoint of output_dir), a checkpoint folder, or never.")
 
@@ -129,6 +145,7 @@ class StageConfig(GRPOConfig):
         self._check_method()
         self._check_rewards()
         self._check_reference()
+        heldout_plan.check_values(self)
 
     @property
     def sampling(self) -> Sampling:

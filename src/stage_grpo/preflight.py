@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from stage_grpo import weights
 from stage_grpo.config import StageConfig
+from stage_grpo.heldout_plan import lacking_for, plan_heldout
 from stage_grpo.policy.adapters import is_adapter
 from stage_grpo.rewards.base import Reward
 from stage_grpo.rewards.registry import REWARDS, build_reward, lacking
@@ -91,15 +92,17 @@ def missing(config: StageConfig, demand: Demand, num_visible_gpus: int) -> list[
         demand: What it asks of the machine, see :mod:`stage_grpo.planning`.
         num_visible_gpus: GPUs of this machine.
     """
-    return [
+    found = [
         *_gpus(demand.num_gpus, num_visible_gpus),
         *_packages(config, demand),
         *_weights("model", config.model),
         *(_weights("ref_model", config.ref_model) if config.ref_model else ()),
         *_prompts(config),
         *_rewards(config),
+        *_heldout(config),
         *_disk(config, demand),
     ]
+    return list(dict.fromkeys(found))
 
 
 def _gpus(wanted: int, visible: int) -> Iterator[Missing]:
@@ -194,6 +197,17 @@ def _rewards(config: StageConfig) -> Iterator[Missing]:
     for name in config.rewards or []:
         options = config.reward_options if isinstance(config.reward_options, dict) else {}
         yield from (Missing(what, remedy) for what, remedy in lacking(name, options.get(name)))
+
+
+def _heldout(config: StageConfig) -> Iterator[Missing]:
+    try:
+        plan = plan_heldout(config)
+    except ValueError as error:
+        what, _, remedy = str(error).rpartition("; ")
+        yield Missing(f"heldout_benchmark {config.heldout_benchmark}: {what}", remedy.removeprefix("get it by: "))
+        return
+    if plan is not None:
+        yield from (Missing(what, remedy) for what, remedy in lacking_for(plan))
 
 
 def _disk(config: StageConfig, demand: Demand) -> Iterator[Missing]:

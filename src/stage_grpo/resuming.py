@@ -23,7 +23,9 @@ NEUTRAL = {
     "save_on_each_node", "hub_token", "hub_model_id", "push_to_hub", "hub_strategy",
     "hub_private_repo", "hub_revision", "hub_always_push", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout", "skip_memory_metrics",
-    "rollout_memory_gb", "ds3_gather_for_generation", "local_rank", "torch_empty_cache_steps", "use_cpu", "preset",
+    "rollout_memory_gb", "heldout_benchmark", "heldout_prompts", "heldout_steps", "heldout_measure",
+    "heldout_num_images", "heldout_guidance_scale", "heldout_reward_options", "heldout_keep_images", "keep_best",
+    "ds3_gather_for_generation", "local_rank", "torch_empty_cache_steps", "use_cpu", "preset",
 }  # fmt: skip
 """Keys that decide where and how often things are written, or how work is split: no number depends on them.
 

@@ -19,6 +19,8 @@ from stage_grpo.checksums import sha256_of
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 """Folder of a run in which checkpoints are written."""
+SET_ASIDE = "discarded-"
+"""What the name of a folder begins with that is about to be deleted, inside ``.partial``."""
 
 
 def seal(folder: Path) -> None:
@@ -40,10 +42,11 @@ def seal(folder: Path) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Rename a sealed checkpoint to its final name; an older one of that name gives way."""
-    if final.exists():
-        _discard(final)
+    aside = _set_aside(final) if final.exists() else None
     partial.rename(final)
     _flush(final.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
 
 
 def defect(folder: Path, hashes: bool = True) -> str | None:
@@ -107,11 +110,15 @@ def rotate(run: Path, limit: int | None, protected: str | None = None) -> None:
 
 def _discard(folder: Path) -> None:
     """Delete a checkpoint, out of sight first: one that is half deleted must not be found."""
-    hidden = folder.parent / PARTIAL / f"discarded-{folder.name}"
+    shutil.rmtree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    hidden = folder.parent / PARTIAL / f"{SET_ASIDE}{folder.name}"
     hidden.parent.mkdir(exist_ok=True)
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    return hidden
 
 
 def _newest_first(run: Path) -> list[Path]:

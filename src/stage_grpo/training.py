@@ -13,6 +13,8 @@ from transformers import AutoProcessor, TrainerCallback
 from stage_grpo.config import StageConfig
 from stage_grpo.data import load_rows, to_dataset
 from stage_grpo.graceful_stop import GracefulStop
+from stage_grpo.heldout import HeldoutEvaluation
+from stage_grpo.heldout_plan import HeldoutPlan, check_heldout, plan_heldout
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.policy.adapters import check_no_adapter
 from stage_grpo.preflight import build_rewards, check_files
@@ -31,8 +33,9 @@ class TrainingResult:
 
     Attributes:
         folder: The output folder: weights and processor in transformers format beside the files of
-            ``stage_grpo.run_folder``, and the averaged policy in ``ema/`` if one was kept. A run that was stopped
-            has no weights there yet, but a checkpoint to continue from.
+            ``stage_grpo.run_folder``, the averaged policy in ``ema/`` if one was kept, and in ``best/`` the one that
+            tested best on held-out prompts. A run that was stopped has no weights of its own there yet, but a
+            checkpoint to continue from.
         stopped_by: What stopped the run before its end, e.g. ``"SIGTERM"``; None if it ended by itself.
         step: Optimizer steps taken in all.
         is_main_process: Whether this process is the one to report.
@@ -62,6 +65,7 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
     check_files(config)
     rewards = build_rewards(config)
     train_rows = load_rows(str(config.train_prompts))
+    plan = _plan_heldout(config, train_rows)
     eval_rows = load_rows(config.eval_prompts) if config.eval_prompts else []
     _check_prompts(config, train_rows, eval_rows)
     check_no_adapter("model", str(config.model))
@@ -80,6 +84,8 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
             peft_config=_lora(config) if config.use_peft else None,
         )
         stop.watch(trainer.accelerator)
+        if plan is not None:
+            trainer.add_callback(_heldout_evaluation(trainer, plan, processor, stop))
         trainer.train(resume_from_checkpoint={"auto": True, "never": None}.get(config.resume, config.resume))
         stopped = stop.stopped_at is not None and trainer.state.global_step < trainer.state.max_steps
         if not stopped:
@@ -91,6 +97,21 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
         trainer.state.global_step,
         trainer.accelerator.is_main_process,
     )
+
+
+def _plan_heldout(config: StageConfig, train_rows: list[PromptRow]) -> HeldoutPlan | None:
+    plan = plan_heldout(config, train_rows)
+    if plan is not None:
+        check_heldout(plan)
+    return plan
+
+
+def _heldout_evaluation(
+    trainer: StageTrainer, plan: HeldoutPlan, processor: Any, stop: GracefulStop
+) -> HeldoutEvaluation:
+    config: StageConfig = trainer.args
+    kept = processor if config.keep_best else None
+    return HeldoutEvaluation(trainer, plan, config.heldout_steps, kept, config.heldout_keep_images, stop)
 
 
 def _save(trainer: StageTrainer, processor: Any) -> None:

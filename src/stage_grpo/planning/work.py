@@ -22,7 +22,7 @@ class Work:
         update_flops: Operations of forward and backward passes over them.
         checkpoint_bytes: Size of one checkpoint.
         num_checkpoints: Checkpoints that stand on the disk at most, the one being written among them.
-        final_bytes: Size of the weights that the run leaves.
+        final_bytes: Size of the weights that the run leaves: the last, the best, and for a moment the one before it.
     """
 
     num_steps: int | None
@@ -66,7 +66,7 @@ def work(run: Setting) -> Work:
         update_flops=images * rollouts_used * image_flops * (passes + recomputed),
         checkpoint_bytes=_checkpoint_bytes(run),
         num_checkpoints=_num_checkpoints(run, steps),
-        final_bytes=_weights_on_disk(run),
+        final_bytes=_weights_on_disk(run) * (3 if config.heldout_benchmark and config.keep_best else 1),
     )
 
 
