@@ -24,6 +24,7 @@ from stage_grpo.planning.plan import describe, levers, make_plan, warnings
 from stage_grpo.planning.setting import Setting
 from stage_grpo.planning.sizes import PUBLISHED, measure, policy_sizes
 from stage_grpo.policy import load_policy
+from stage_grpo.policy.steps import prefill
 from stage_grpo.sampling import Sampling
 from stage_grpo.training import _lora
 
@@ -202,7 +203,7 @@ def test_adapters_need_no_second_model_and_little_state(lora_recipe, sizes_7b):
 def test_cache_equals_the_rollouts_own_tensors(recipe, guided):
     policy = load_policy(TINY)
     policy.config.get_text_config().pad_token_id = 0
-    state = engine.prefill(policy, [[1] * P] * 3, guided)
+    state = prefill(policy, [[1] * P] * 3, guided)
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in state.cache.layers)
     branches = 2 if guided else 1
     logits = (branches + 6) * 512 * 4

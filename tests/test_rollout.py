@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from stage_grpo.policy import left_pad
-from stage_grpo.rollout import bytes_per_row, decode_images, prefill, rollout
+from stage_grpo.policy.steps import prefill
+from stage_grpo.rollout import bytes_per_row, decode_images, rollout
 from stage_grpo.sampling import Sampling, image_uniforms, sample_codes
 from test_policy import logits_of
 

@@ -1,8 +1,8 @@
 """Sampling images from a policy: one engine for training and for inference.
 
-``prefill`` runs each *unique* prompt once and hands its keys and values to all images of that prompt;
-``decode_one_token`` then adds one image token to every row of a preallocated cache, both guidance branches in one
-batch. Log-probabilities and entropies come from the logits that sampling computes anyway, in float32.
+Each *unique* prompt is run once and shared by all images of that prompt; then each step adds one image token to every
+row, both guidance branches in one batch (``policy.steps``). Log-probabilities and entropies come from the logits that
+sampling computes anyway, in float32.
 
 Randomness enters as an argument: one uniform number a token, drawn by ``sampling.image_uniforms`` from a stream of
 its own for every image. A rollout can therefore be replayed, and an image does not depend on the batch it came in.
@@ -14,17 +14,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from stage_grpo.policy.base import ImagePolicy, guide, left_pad, positions
-from stage_grpo.sampling import Sampling, sample_codes
+from stage_grpo.policy.base import ImagePolicy, guide
+from stage_grpo.policy.steps import Steps, begin
+from stage_grpo.sampling import Sampling, draw_codes
 
+Record = Literal["both", "conditional", "guided", "nothing"]
+_TENSORS = ("codes", "logps", "entropies", "guided_logps", "guided_entropies")
 CPU_MEMORY_BUDGET = 2 * 1024**3
 """Bytes that one chunk of a rollout may take on a CPU, unless told otherwise."""
 
@@ -52,149 +54,69 @@ class Rollout:
     @classmethod
     def cat(cls, parts: Sequence[Rollout]) -> Rollout:
         """Join rollouts of consecutive rows."""
-        tensors = {
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("codes", "logps", "entropies", "guided_logps", "guided_entropies")
-        }
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
         return cls(prompt_ids=[ids for part in parts for ids in part.prompt_ids], **tensors)
 
+    def in_order(self, order: Sequence[int]) -> Rollout:
+        """Put rows back in their places.
 
-class _PreallocatedLayer(CacheLayerMixin):
-    """One layer's keys and values for P + T tokens, filled in place; attention sees the filled part alone."""
-
-    is_sliding = False
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, keys: Tensor, values: Tensor, capacity: int):
-        super().__init__()
-        self.length = keys.shape[-2]
-        self.keys = keys.new_empty((*keys.shape[:2], capacity, keys.shape[-1]))
-        self.values = values.new_empty((*values.shape[:2], capacity, values.shape[-1]))
-        self.keys[:, :, : self.length] = keys
-        self.values[:, :, : self.length] = values
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the constructor allocated."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append in place and return views of what is filled."""
-        end = self.length + key_states.shape[-2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what attention will see."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens stored so far."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """Tokens that fit."""
-        return self.keys.shape[-2]
+        Args:
+            order: For each row of this rollout, its place.
+        """
+        places = sorted(range(len(order)), key=order.__getitem__)
+        tensors = {name: getattr(self, name)[places] for name in _TENSORS}
+        return Rollout(prompt_ids=[self.prompt_ids[i] for i in places], **tensors)
 
 
-@dataclass
-class _DecodeState:
-    """What one decoding step needs: cache, mask over P + T tokens, next positions, last hidden states."""
+@dataclass(frozen=True)
+class _Recorder:
+    """Log-probabilities and entropies of one distribution, filled step by step; NaN where nobody asked for them."""
 
-    cache: Cache
-    mask: Int[Tensor, "R L"]
-    position_ids: Int[Tensor, "R 1"]
-    hidden: Float[Tensor, "R H"]
-    length: int
+    logps: Float[Tensor, "B T"]
+    entropies: Float[Tensor, "B T"]
+    is_wanted: bool
 
+    @classmethod
+    def new(cls, like: Int[Tensor, "B T"], is_wanted: bool) -> _Recorder:
+        """Allocate records for the codes of a rollout."""
+        logps, entropies = torch.full((2, *like.shape), torch.nan, dtype=torch.float32, device=like.device)
+        return cls(logps, entropies, is_wanted)
 
-def prefill(policy: ImagePolicy, prompt_ids: list[list[int]], guided: bool) -> _DecodeState:
-    """Run every unique prompt once and share the result among the rows of that prompt.
-
-    Args:
-        policy: The policy.
-        prompt_ids: Prompt of each of the B rows, unpadded.
-        guided: Whether to add the B unconditional rows behind the conditional ones.
-    """
-    unique: dict[tuple[int, ...], int] = {}
-    rows = torch.tensor([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids])
-    ids, mask = (x.to(policy.device) for x in left_pad(list(unique), policy.pad_token_id))
-    rows = rows.to(policy.device)
-    if guided:
-        ids = torch.cat([ids, policy.unconditional_ids(ids, mask)])
-        mask, rows = mask.repeat(2, 1), torch.cat([rows, rows + len(unique)])
-    prefix = DynamicCache(config=policy.backbone.config)
-    outputs = policy.backbone(
-        inputs_embeds=policy.embed_text(ids),
-        attention_mask=mask,
-        position_ids=positions(mask),
-        past_key_values=prefix,
-        use_cache=True,
-    )
-    capacity = ids.shape[1] + policy.num_image_tokens
-    filled: list[Any] = prefix.layers
-    layers: list[Any] = [_PreallocatedLayer(layer.keys[rows], layer.values[rows], capacity) for layer in filled]
-    return _DecodeState(
-        cache=Cache(layers=layers),
-        mask=policy.attention_mask_with_image(mask)[rows],
-        position_ids=mask.sum(dim=1, keepdim=True)[rows],
-        hidden=outputs.last_hidden_state[rows, -1],
-        length=ids.shape[1],
-    )
-
-
-def decode_one_token(policy: ImagePolicy, codes: Int[Tensor, " R"], state: _DecodeState) -> None:
-    """Feed one code a row and advance the state in place.
-
-    Args:
-        policy: The policy.
-        codes: The code just sampled, for every row (both guidance branches read the same code).
-        state: State to advance.
-    """
-    state.length += 1
-    outputs = policy.backbone(
-        inputs_embeds=policy.embed_codes(codes[:, None]),
-        attention_mask=state.mask[:, : state.length],
-        position_ids=state.position_ids,
-        past_key_values=state.cache,
-        use_cache=True,
-    )
-    state.hidden = outputs.last_hidden_state[:, -1]
-    state.position_ids = state.position_ids + 1
-
-
-def _log_distribution(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logps = torch.log_softmax(logits / temperature, dim=-1)
-    return logps, -(logps.exp() * logps).sum(dim=-1)
+    def add(self, t: int, logps: Tensor, probabilities: Tensor, chosen: Tensor) -> None:
+        """Record what is wanted of the distribution of step t."""
+        if self.is_wanted:
+            self.logps[:, t] = logps.gather(-1, chosen[:, None]).squeeze(-1)
+            self.entropies[:, t] = -(probabilities * logps).sum(dim=-1)
 
 
 def _sample_rows(
-    policy: ImagePolicy, prompt_ids: list[list[int]], uniforms: Float[Tensor, "B T"], sampling: Sampling
+    steps: Steps, prompt_ids: list[list[int]], uniforms: Float[Tensor, "B T"], sampling: Sampling, record: Record
 ) -> Rollout:
-    guided = sampling.guidance_scale != 1
-    state = prefill(policy, prompt_ids, guided)
     num_rows, num_tokens = uniforms.shape
-    codes = torch.empty((num_rows, num_tokens), dtype=torch.long, device=policy.device)
-    logps, entropies, guided_logps, guided_entropies = torch.empty(
-        (4, num_rows, num_tokens), dtype=torch.float32, device=policy.device
-    )
+    guided = sampling.guidance_scale != 1
+    codes = torch.empty((num_rows, num_tokens), dtype=torch.long, device=uniforms.device)
+    sampled = _Recorder.new(codes, record in ("both", "guided") or (not guided and record == "conditional"))
+    conditional = _Recorder.new(codes, record in ("both", "conditional")) if guided else sampled
     for t in range(num_tokens):
-        logits = policy.image_logits(policy.project(state.hidden))
-        conditional = logits[:num_rows]
-        conditional_logps, entropies[:, t] = _log_distribution(conditional, sampling.temperature)
-        sampled_logps, guided_entropies[:, t] = conditional_logps, entropies[:, t]
+        # The head's last layer is linear: mixing its inputs gives the guided logits without the unconditional ones.
+        features = steps.features.float()
         if guided:
-            mixed = guide(conditional, logits[num_rows:], sampling.guidance_scale)
-            sampled_logps, guided_entropies[:, t] = _log_distribution(mixed, sampling.temperature)
-        chosen = sample_codes(sampled_logps, uniforms[:, t], sampling)
+            plain, unconditional = features.chunk(2)
+            features = guide(plain, unconditional, sampling.guidance_scale)
+            features = torch.cat([features, plain]) if conditional.is_wanted else features
+        logits = steps.logits(features)
+        if sampling.temperature != 1:
+            logits /= sampling.temperature
+        logps = torch.log_softmax(logits, dim=-1)
+        probabilities = logps.exp()
+        chosen = draw_codes(probabilities[:num_rows], uniforms[:, t], sampling)
         codes[:, t] = chosen
-        logps[:, t] = conditional_logps.gather(-1, chosen[:, None]).squeeze(-1)
-        guided_logps[:, t] = sampled_logps.gather(-1, chosen[:, None]).squeeze(-1)
+        sampled.add(t, logps[:num_rows], probabilities[:num_rows], chosen)
+        if guided:
+            conditional.add(t, logps[num_rows:], probabilities[num_rows:], chosen)
         if t + 1 < num_tokens:
-            decode_one_token(policy, chosen.repeat(2) if guided else chosen, state)
-    return Rollout(prompt_ids, codes, logps, entropies, guided_logps, guided_entropies)
+            steps.advance(chosen)
+    return Rollout(prompt_ids, codes, conditional.logps, conditional.entropies, sampled.logps, sampled.entropies)
 
 
 def bytes_per_row(policy: ImagePolicy, num_prompt_tokens: int, guided: bool) -> int:
@@ -232,6 +154,7 @@ def rollout(
     uniforms: Float[Tensor, "B T"],
     sampling: Sampling,
     budget: int | None = None,
+    record: Record = "both",
 ) -> Rollout:
     """Sample one image a row.
 
@@ -241,6 +164,8 @@ def rollout(
         uniforms: Random numbers from ``sampling.image_uniforms``.
         sampling: Guidance, temperature and truncation.
         budget: Bytes one chunk of rows may take; by default :func:`memory_budget`.
+        record: Which log-probabilities and entropies are wanted: of both distributions, of the conditional or of the
+            guided one, or nothing but codes. Others are NaN; leaving them out saves time.
 
     Raises:
         ValueError: If the numbers of prompts, of uniform rows or of tokens disagree.
@@ -250,19 +175,25 @@ def rollout(
             f"uniforms of shape {tuple(uniforms.shape)} do not fit {len(prompt_ids)} prompts of "
             f"{policy.num_image_tokens} image tokens; draw them with image_uniforms(keys, policy.num_image_tokens)"
         )
+    guided = sampling.guidance_scale != 1
     longest = max(len(ids) for ids in prompt_ids)
-    row_bytes = bytes_per_row(policy, longest, sampling.guidance_scale != 1)
-    rows_per_chunk = (budget or memory_budget(policy.device)) // row_bytes
+    rows_per_chunk = (budget or memory_budget(policy.device)) // bytes_per_row(policy, longest, guided)
+    # Rows of equal length stand together, so that none is padded.
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     was_training = policy.training
     policy.eval()
     try:
-        parts = [
-            _sample_rows(policy, prompt_ids[rows], uniforms[rows].to(policy.device), sampling)
-            for rows in _chunks(len(prompt_ids), rows_per_chunk)
-        ]
+        decoder = policy.make_decoder(longest + policy.num_image_tokens)
+        parts = []
+        for rows in _chunks(len(prompt_ids), rows_per_chunk):
+            chunk = order[rows]
+            steps = begin(policy, decoder, [prompt_ids[i] for i in chunk], guided)
+            numbers = uniforms[chunk].to(policy.device)
+            parts.append(_sample_rows(steps, [prompt_ids[i] for i in chunk], numbers, sampling, record))
+            del steps  # before the next chunk's cache is allocated
     finally:
         policy.train(was_training)
-    return Rollout.cat(parts)
+    return Rollout.cat(parts).in_order(order)
 
 
 @torch.no_grad()

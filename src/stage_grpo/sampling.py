@@ -69,7 +69,19 @@ def sample_codes(logps: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], sam
         uniforms: Numbers in [0, 1).
         sampling: Which codes to keep.
     """
-    probabilities = logps.exp()
+    return draw_codes(logps.exp(), uniforms, sampling)
+
+
+def draw_codes(
+    probabilities: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], sampling: Sampling
+) -> Int[Tensor, " B"]:
+    """Draw codes as :func:`sample_codes` does, from probabilities.
+
+    Args:
+        probabilities: Probabilities of the guided distribution at the sampling temperature; left as they are.
+        uniforms: Numbers in [0, 1).
+        sampling: Which codes to keep.
+    """
     if sampling.min_p > 0:
         keep = probabilities >= sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities * keep

@@ -49,16 +49,17 @@ def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
     prompt_ids = outline.encode_prompts(trainer.processing_class, prompts, args.prompt_template)
     uniforms = image_uniforms(trainer.rollout_keys(len(prompts)), outline.num_image_tokens)
     budget = None if args.rollout_memory_gb is None else int(args.rollout_memory_gb * 1e9)
+    guided = args.guidance_in_scoring
 
     def draw(policy: Any) -> tuple[Rollout, list[Image.Image], Tensor]:
         with trainer.timed("rollout"), trainer.accelerator.autocast():
-            sampled = rollout(policy, prompt_ids, uniforms, args.sampling, budget)
+            record = "guided" if guided else "conditional"
+            sampled = rollout(policy, prompt_ids, uniforms, args.sampling, budget, record)
         with trainer.timed("decode"):
             images = [Image.fromarray(pixels) for pixels in decode_images(policy, sampled.codes, budget)]
         return sampled, images, policy.code_vectors(sampled.codes)
 
     sampled, images, vectors = with_whole_weights(trainer, draw)
-    guided = args.guidance_in_scoring
     entropies = sampled.guided_entropies if guided else sampled.entropies
     return {
         "prompt_ids": prompt_ids,

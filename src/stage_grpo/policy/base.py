@@ -16,6 +16,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from stage_grpo.policy.decode_cache import Decoder
+from stage_grpo.policy.shared_prompts import hidden_states_of_groups, unique_prompts
+
 
 @dataclass(frozen=True)
 class PromptTemplate:
@@ -88,6 +91,8 @@ class ImagePolicy(metaclass=abc.ABCMeta):
 
     scoring_guidance: float | None = None
     """Guidance scale of the scored distribution; ``None`` scores the conditional branch alone, as published."""
+    shares_prompts: bool = False
+    """Whether scoring runs the prompt of a group once; needs whole weights and no gradient checkpointing."""
 
     config: Any
     device: torch.device
@@ -150,6 +155,16 @@ class ImagePolicy(metaclass=abc.ABCMeta):
     def freeze(self) -> None:
         """Leave only the language model trainable."""
 
+    def make_decoder(self, capacity: int) -> Decoder | None:
+        """Build the family's own decoding step from the weights as they are now, if it has a faster one.
+
+        ``None``, the default, lets the rollout call :attr:`backbone`, which is right for every model.
+
+        Args:
+            capacity: Largest number of positions of a sequence, prompt and image.
+        """
+        return None
+
     @property
     def default_guidance_scale(self) -> float | None:
         """Guidance the checkpoint was made to be sampled with, if its generation config says so."""
@@ -198,11 +213,17 @@ class ImagePolicy(metaclass=abc.ABCMeta):
         self, input_ids: Int[Tensor, "B L"], codes: Int[Tensor, "B T"], attention_mask: Tensor
     ) -> Float[Tensor, "B _ H"]:
         """Run the language model over prompt tokens followed by image codes (teacher forcing)."""
-        embeddings = torch.cat([self.embed_text(input_ids), self.embed_codes(codes)], dim=1)
+        prompt, image, position_ids = self.embed_text(input_ids), self.embed_codes(codes), positions(attention_mask)
+        if self.shares_prompts:
+            first, group = unique_prompts(input_ids, attention_mask[:, : input_ids.shape[1]])
+            if len(first) < len(group):
+                return hidden_states_of_groups(
+                    self.backbone, prompt, image, attention_mask, position_ids, first, group
+                )
         outputs = self.backbone(
-            inputs_embeds=embeddings,
+            inputs_embeds=torch.cat([prompt, image], dim=1),
             attention_mask=attention_mask,
-            position_ids=positions(attention_mask),
+            position_ids=position_ids,
             use_cache=False,
         )
         return outputs.last_hidden_state

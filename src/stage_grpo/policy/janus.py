@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 
 from stage_grpo.policy.base import ImagePolicy
+from stage_grpo.policy.decode_cache import Decoder
+from stage_grpo.policy.decoder import LlamaDecoder, why_not
 
 
 class JanusPolicy(ImagePolicy, JanusForConditionalGeneration):
@@ -73,6 +75,21 @@ class JanusPolicy(ImagePolicy, JanusForConditionalGeneration):
         """First layer and activation of the generation head."""
         head = self.model.generation_head
         return head.activation_fn(head.proj_out(hidden_states))
+
+    def make_decoder(self, capacity: int) -> Decoder | None:
+        """The step of ``decoder.LlamaDecoder`` if this backbone is a plain Llama."""
+        head: Any = self.model.generation_head
+        if why_not(self.backbone, (head,)) is not None:
+            return None
+        codes = torch.arange(self.get_output_embeddings().out_features, device=self.device)
+        return LlamaDecoder(
+            self.backbone,
+            table=self.embed_codes(codes[None])[0],
+            projection=head.proj_out,
+            activation=head.activation_fn,
+            head=self.get_output_embeddings(),
+            capacity=capacity,
+        )
 
     def code_vectors(self, codes: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Codebook rows of the VQ model."""
