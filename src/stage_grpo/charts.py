@@ -152,7 +152,7 @@ def band_chart(series: Mapping[str, Sequence[Series]], *, salt: str, colors: Map
                 continue
             values = np.array([[table[step] for step in steps] for table in tables], dtype=float)
             window = max(1, len(steps) // 12)
-            smooth = np.array([moving_average(row, window) for row in values])
+            smooth = np.array([moving_average(row.tolist(), window) for row in values])
             axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=color, alpha=0.18, linewidth=0)
             axes.plot(steps, smooth.mean(axis=0), color=color, linewidth=1.6, label=name)
         _tidy(axes)
