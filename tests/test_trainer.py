@@ -121,7 +121,7 @@ def _tokenizer(policy):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_everything_off_equals_trl(checkpoint, tmp_path, loss_type):
-    stage = trainer_for(checkpoint, tmp_path / "a", preset="grpo", loss_type=loss_type)
+    stage = trainer_for(checkpoint, tmp_path / "a", preset="grpo", loss_type=loss_type, share_prompts=False)
     batch = scored_batch(stage)
     plain = plain_trl_trainer(checkpoint, tmp_path / "b", loss_type=loss_type)
     plain.model.load_state_dict(stage.model.state_dict())

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from trl import GRPOConfig, GRPOTrainer
+from trl.kernels import chunked_logprob
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
@@ -15,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 from conftest import PROMPTS
 from stage_grpo.policy import left_pad, load_policy, load_tokenizer
 from stage_grpo.presets import CHOICES, UNSUPPORTED
-from stage_grpo.trl_seams import reference_of
+from stage_grpo.trl_seams import CPU_TOKENS_A_TILE, add_scoring_head, reference_of
 
 NUM_TOKENS = 36
 
@@ -232,6 +233,30 @@ def test_the_fused_head_calls_base_model_and_the_output_embedding_each_time(poli
     message = "add_fused_lm_head no longer runs model.base_model and model.get_output_embeddings(); see ImagePolicy"
     torch.testing.assert_close(out.log_probs, -uniform.expand_as(out.log_probs), atol=1e-5, rtol=0, msg=message)
     torch.testing.assert_close(out.entropy, uniform.expand_as(out.entropy), atol=1e-5, rtol=0, msg=message)
+
+
+def test_the_fused_head_takes_as_many_tokens_at_a_time_as_it_is_told(policy, prompt_ids, monkeypatch):
+    """On CPUs the trainer makes the tiles smaller: the memory of a step depends on it, its numbers do not."""
+    ids, mask = left_pad(prompt_ids[:2], policy.pad_token_id)
+    ids = torch.cat([ids, torch.arange(2 * NUM_TOKENS).view(2, -1)], dim=1)
+    mask = policy.attention_mask_with_image(mask)
+    add_scoring_head(policy, 1.0, torch.device("cpu"))
+    message = "TOKEN_CHUNK_SIZE no longer sets the tokens of a tile; see trl_seams.add_scoring_head"
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == CPU_TOKENS_A_TILE, message
+    rows, results = [], []
+    monkeypatch.setattr(
+        chunked_logprob.torch,
+        "empty",
+        lambda shape, *a, _empty=torch.empty, **k: (rows.append(shape), _empty(shape, *a, **k))[1],
+    )
+    for tokens in (4096, 5):
+        monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", tokens)
+        rows.clear()
+        with torch.no_grad():
+            out = policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
+        results.append((out.log_probs, out.entropy))
+        assert max(shape[0] for shape in rows if isinstance(shape, tuple)) == min(tokens, ids[:, 1:].numel()), message
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=0)
 
 
 def test_the_reference_is_built_by_a_function_we_can_replace(policy, checkpoint):

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -59,6 +60,12 @@ class ShardedTrainer(GRPOTrainer):
         _forget_unused_renames(policy)
         with nullcontext() if self._fsdp_plugin is None else _heads_as_fsdp2_wants_them(policy):
             return super()._prepare_for_training(*args, **kwargs)
+
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether scoring may run prompts apart from images: no weights to gather twice, no activations to recompute."""
+        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        return not is_sharded and not self.args.gradient_checkpointing
 
     @property
     def _fsdp_plugin(self) -> Any:
