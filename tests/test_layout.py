@@ -16,11 +16,13 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
     ["types", "command_line", "checksums"],
-    ["objective", "similarity", "entropy"],
+    ["objective", "similarity", "entropy", "weighting", "presets"],
     ["checkpoints", "download", "prompt_sets", "run_checkpoints"],
     ["policy", "shards", "averaging"],
     ["sampling", "rollout", "generation", "merge"],
+    ["guard_signals", "guard_rules", "guard_options"],
     ["config", "heldout_plan", "heldout_record", "preflight", "graceful_stop", "resuming", "resumable"],
+    ["guard_record", "guard", "guarded"],
     ["gathering", "trl_seams", "trainer", "heldout", "training", "demo"],
     ["planning", "launch", "supervise"],
     ["cli"],

@@ -17,10 +17,11 @@ import torch
 import yaml
 from trl import GRPOConfig, TrlParser
 
-from stage_grpo import heldout_plan
+from stage_grpo import guard_options, heldout_plan
 from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.presets import CHOICES, NOT_NEGATIVE, PRESETS, UNSUPPORTED
 from stage_grpo.sampling import Sampling
+from stage_grpo.weighting import options as weighting
 
 
 def _option(default: Any, help: str) -> Any:
@@ -28,7 +29,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class StageConfig(GRPOConfig):
+class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOConfig):
     """Configuration of one training run. Fields not listed here are those of ``trl.GRPOConfig``.
 
     Fields left at ``None`` take the value of the ``preset``.
@@ -38,7 +39,7 @@ class StageConfig(GRPOConfig):
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *GRPOConfig._VALID_DICT_FIELDS, "reward_options", "heldout_reward_options"
+        *GRPOConfig._VALID_DICT_FIELDS, "reward_options", "heldout_reward_options", "token_weighting_options"
     ]  # fmt: skip
 
     # Model and data
@@ -75,6 +76,7 @@ class StageConfig(GRPOConfig):
     # Sampling
     guidance_scale: float = _option(5.0, "Classifier-free guidance while sampling; 1 is none.")
     guidance_in_scoring: bool = _option(False, "Score the guided distribution, the one that is sampled.")
+    share_prompts: bool = _option(True, "Score a group with its prompt run once, where weights are whole.")
     rollout_memory_gb: float | None = _option(None, "Memory of one chunk of a rollout, GB; None: from free memory.")
 
     # Method
@@ -83,15 +85,6 @@ class StageConfig(GRPOConfig):
     entropy_reward_scope: str | None = _option(None, "Samples that receive it: top of the group, or all.")
     entropy_reward_center: bool | None = _option(None, "Subtract the mean over the group's top samples.")
     entropy_loss_weight: float | None = _option(None, "Weight of the entropy gap as a loss (Eq. 13, 14).")
-    reweight_advantages: bool | None = _option(None, "Multiply advantages by M (Eq. 7, 8).")
-    advantage_weight_normalization: str | None = _option(None, "none (the paper) or group (the released code).")
-    reweight_kl: bool | None = _option(None, "Multiply the KL of each token by its similarity weight.")
-    kl_weight_form: str | None = _option(None, "clipped (the paper) or graded.")
-    kl_weight_a: float | None = _option(None, "a of the KL weight.")
-    kl_weight_b: float | None = _option(None, "b of the KL weight.")
-    kl_weight_clip: list[float] | None = field(
-        default=None, metadata={"help": "Bounds of Sim + 1 in the clipped KL weight."}
-    )
     kl_on_zero_variance: bool | None = _option(None, "Whether groups without an advantage still feel the KL.")
     min_reward_std: float | None = _option(None, "Groups whose rewards spread no more get advantage 0.")
 
@@ -146,6 +139,8 @@ class StageConfig(GRPOConfig):
         self._check_rewards()
         self._check_reference()
         heldout_plan.check_values(self)
+        guard_options.check_values(self)
+        weighting.check_values(self)
 
     @property
     def sampling(self) -> Sampling:

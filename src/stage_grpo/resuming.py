@@ -25,11 +25,16 @@ NEUTRAL = {
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout", "skip_memory_metrics",
     "rollout_memory_gb", "heldout_benchmark", "heldout_prompts", "heldout_steps", "heldout_measure",
     "heldout_num_images", "heldout_guidance_scale", "heldout_reward_options", "heldout_keep_images", "keep_best",
-    "ds3_gather_for_generation", "local_rank", "torch_empty_cache_steps", "use_cpu", "preset",
+    "guard_window", "guard_max_kl", "guard_max_kl_slope", "guard_min_entropy_ratio", "guard_max_entropy_ratio",
+    "guard_max_grad_growth", "guard_min_unique_images", "guard_max_heldout_drop", "guard_max_zero_variance",
+    "guard_min_reward_spread", "guard_max_similarity", "guard_max_skipped", "guard_remedy", "guard_lr_factor",
+    "guard_beta_factor", "guard_max_rollbacks", "ds3_gather_for_generation", "local_rank", "torch_empty_cache_steps",
+    "use_cpu", "preset",
 }  # fmt: skip
 """Keys that decide where and how often things are written, or how work is split: no number depends on them.
 
-The preset is among them because its values are compared one by one."""
+The preset is among them because its values are compared one by one, the guard's because the one thing that it does to
+numbers, a rollback, is told and recorded by itself."""
 
 _SCHEDULE = {"max_steps", "num_train_epochs"}
 """Keys that decide when to stop; they move numbers only through the learning-rate schedule."""

@@ -22,6 +22,8 @@ from transformers.trainer_callback import ProgressCallback
 
 MAX_SAMPLES = 32
 """Images of one saved grid."""
+ABANDONED = "abandoned"
+"""Key of the rows of ``metrics.jsonl`` that a rollback took back; its number."""
 
 _PACKAGES = ("stage-grpo", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "pillow")
 
@@ -123,12 +125,24 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def start_metrics(self, step: int) -> None:
-        """Begin ``metrics.jsonl``; when a run resumes at a step, rows beyond it are dropped."""
+        """Begin ``metrics.jsonl``; when a run resumes at a step, rows beyond it are dropped, abandoned ones stay."""
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "metrics.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = [row for row in rows if _step_of(row) <= step]
+        kept = [row for row in rows if (known := _row(row)) and (known["step"] <= step or ABANDONED in known)]
         write_atomically(path, "".join(f"{row}\n" for row in kept))
+
+    def abandon_metrics(self, step: int, number: int) -> None:
+        """Mark the rows beyond a step, to which a run goes back, as abandoned.
+
+        Args:
+            step: Optimizer steps.
+            number: Which rollback it is, from 1.
+        """
+        path = self.path / "metrics.jsonl"
+        rows = [known for row in path.read_text(encoding="utf-8").splitlines() if (known := _row(row))]
+        marked = [{ABANDONED: number, **row} if row["step"] > step else row for row in rows]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in marked))
 
     def append_metrics(self, step: int, logs: dict[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; numbers that are not finite become null."""
@@ -230,11 +244,13 @@ class StepProgress(ProgressCallback):
                 self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
 
 
-def _step_of(row: str) -> float:
+def _row(line: str) -> dict[str, Any] | None:
+    """A row of ``metrics.jsonl``, None if it was torn by a crash."""
     try:
-        return json.loads(row)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a row torn by a crash is dropped
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
 
 
 def _finite(value: Any) -> Any:

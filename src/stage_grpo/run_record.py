@@ -154,7 +154,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        # What a rollback took back is not the run that the last rows belong to.
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and "abandoned" not in row:
             rows.append(row)
     return rows
 

@@ -1,57 +1,47 @@
-"""One weight a token: how much of its advantage and of its KL counts (STAGE, section 3.2)."""
+"""One weight a token: a weighting's word on a batch, and the guard against groups whose rewards tie."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stage_grpo import objective, similarity
+from stage_grpo import objective
+from stage_grpo.weighting.base import TokenBatch, TokenWeighting
 
 
 def token_weights(
-    code_vectors: Float[Tensor, "N T D"],
-    advantages: Float[Tensor, " N"],
-    rewards: Float[Tensor, " N"],
-    num_generations: int,
-    options: Any,
-) -> dict[str, Tensor]:
+    weighting: TokenWeighting, batch: TokenBatch, min_reward_std: float = 0.0, kl_on_zero_variance: bool = True
+) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
     """Compute what the loss needs per token, for all samples of all processes.
 
     Args:
-        code_vectors: Codebook vectors of the sampled codes.
-        advantages: Group advantages, groups contiguous.
-        rewards: Total rewards, NaN where a sample could not be scored; only their spread matters.
-        num_generations: G.
-        options: The fields of :class:`~stage_grpo.config.StageConfig` named ``reweight_advantages``, ``reweight_kl``,
-            ``advantage_weight_normalization``, ``kl_weight_*``, ``kl_on_zero_variance`` and ``min_reward_std``.
+        weighting: Says how much each token counts.
+        batch: The images, with advantages as TRL computed them.
+        min_reward_std: Groups whose rewards spread no more get advantage 0, whatever the weighting.
+        kl_on_zero_variance: Whether those groups still feel the KL.
 
     Returns:
-        ``similarity`` (N, T); ``advantages``, (N, T) if reweighted and (N,) if not; ``advantage_weights`` (N, T) if
-        advantages are reweighted; ``kl_weights`` (N, T) if the KL is reweighted or left out anywhere.
+        What the loss reads: ``advantages``, (N, T) if reweighted and (N,) if not; ``advantage_weights`` (N, T) if
+        advantages are reweighted; ``kl_weights`` (N, T) if the KL is reweighted or left out anywhere. And the further
+        values the weighting wants logged.
     """
-    spread = objective.group_std(rewards, num_generations) > options.min_reward_std
-    advantages = torch.where(spread, advantages, 0.0)
-    alike = similarity.opposite_sign_similarity(code_vectors, advantages, num_generations)
-    weights = {"similarity": alike, "advantages": advantages}
-    if options.reweight_advantages:
-        weights["advantage_weights"] = similarity.advantage_weights(
-            alike, num_generations, options.advantage_weight_normalization
-        )
-        weights["advantages"] = advantages[:, None] * weights["advantage_weights"]
-    kl_weights = torch.ones_like(alike)
-    if options.reweight_kl:
-        lower, upper = options.kl_weight_clip
-        kl_weights = similarity.kl_weights(
-            alike, options.kl_weight_a, options.kl_weight_b, (lower, upper), options.kl_weight_form
-        )
-    if not options.kl_on_zero_variance:
-        kl_weights = kl_weights * spread[:, None]
-    if options.reweight_kl or not options.kl_on_zero_variance:
+    spread = objective.group_std(batch.rewards, batch.num_generations) > min_reward_std
+    advantages = torch.where(spread, batch.advantages, 0.0)
+    found = weighting.weigh(replace(batch, advantages=advantages))
+    weights = {"advantages": advantages}
+    if found.advantage_weights is not None:
+        weights["advantage_weights"] = found.advantage_weights
+        weights["advantages"] = advantages[:, None] * found.advantage_weights
+    kl_weights = found.kl_weights
+    if not kl_on_zero_variance:
+        kl_weights = (torch.ones_like(batch.entropies) if kl_weights is None else kl_weights) * spread[:, None]
+    if kl_weights is not None:
         weights["kl_weights"] = kl_weights
-    return weights
+    return weights, found.logged
 
 
 def unique_share(codes: Int[Tensor, "N T"], num_generations: int) -> Float[Tensor, " groups"]:

@@ -20,31 +20,24 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl.trainer.utils import add_fused_lm_head
 
-from stage_grpo import objective
+from stage_grpo import objective, trl_seams
 from stage_grpo.config import StageConfig
 from stage_grpo.entropy import entropy_loss, entropy_reward
 from stage_grpo.gathering import ShardedTrainer, image_policy
+from stage_grpo.guarded import GuardedTrainer
 from stage_grpo.policy.loading import load_tokenizer
-from stage_grpo.resumable import ResumableTrainer
 from stage_grpo.rewards.base import Reward, RewardFunction, as_trl_reward
 from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.run_folder import RunFolder, RunFolderCallback, StepProgress, StepSamples, peak_memory_mb
 from stage_grpo.token_weights import token_weights, unique_share
-from stage_grpo.trl_seams import (
-    check_policy,
-    complete_args,
-    entropy_placeholder,
-    reference_of,
-    sample_images,
-)
+from stage_grpo.weighting.options import chosen_weighting
 
 # The project pins what it relies on in tests/test_trl_seams.py, so TRL's reminder that it may change is noise.
 warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
 
 
-class StageTrainer(ShardedTrainer, ResumableTrainer):
+class StageTrainer(ShardedTrainer, GuardedTrainer):
     """GRPO for autoregressive image models, with STAGE's entropy reward and token weights.
 
     Args:
@@ -78,18 +71,18 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
         peft_config: PeftConfig | None = None,
     ):
         policy = image_policy(model)
-        check_policy(policy, args)
+        trl_seams.check_policy(policy, args)
         rewards = list(rewards) if isinstance(rewards, Sequence) else [rewards]
         functions: list[Any] = [as_trl_reward(reward) for reward in rewards]
-        complete = complete_args(args, policy, len(functions))
+        complete = trl_seams.complete_args(args, policy, len(functions))
         if args.entropy_reward_weight:
-            functions.append(entropy_placeholder)
-        roll_out: Any = sample_images
+            functions.append(trl_seams.entropy_placeholder)
+        roll_out: Any = trl_seams.sample_images
         self._rollouts = (True, 0, 0)  # training or not, step, rollouts so far
         self._generation_seconds = self._update_seconds = 0.0
         self._scored: tuple[Tensor, Tensor] | None = None
         self._total_rewards: Tensor = torch.empty(0)
-        with reference_of(policy, args.ref_model, args.sync_ref_model):
+        with trl_seams.reference_of(policy, args.ref_model, args.sync_ref_model):
             super().__init__(
                 model=model,
                 reward_funcs=functions,
@@ -103,6 +96,7 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
                 rollout_func=roll_out,
             )
         self.reward_sum = RewardSum(self.reward_weights[: len(rewards)], args.reward_aggregation)
+        self._weighting = chosen_weighting(args)
         self._own = slice(len(rewards))  # the entropy reward's column comes last
         self._prepare_scoring()
         self.run_folder = RunFolder(str(args.output_dir))
@@ -120,9 +114,8 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
                 continue
             policy = image_policy(self.accelerator.unwrap_model(model))
             policy.scoring_guidance = None if guidance == 1 else guidance
-            add_fused_lm_head(
-                policy, temperature=self.temperature, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy")
-            )
+            policy.shares_prompts = self.args.share_prompts and self.can_share_prompts
+            trl_seams.add_scoring_head(policy, self.temperature, self.accelerator.device)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -201,7 +194,7 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
         scored, self._scored = self._scored, None
         if self.args.entropy_loss_weight and scored is not None:
             output["ref_entropy"] = scored[1].mean(dim=1)
-        weights = self._token_weights(inputs, output["completion_ids"], output["advantages"])
+        weights = self._token_weights(inputs, output)
         output.update(weights)
         elapsed = time.perf_counter() - start
         self._generation_seconds += elapsed
@@ -210,21 +203,21 @@ class StageTrainer(ShardedTrainer, ResumableTrainer):
         self._keep_samples(inputs, weights)
         return output
 
-    def _token_weights(self, rows: list[dict[str, Any]], codes: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-        """Weights of this process's tokens; groups may be split over processes, so codes are gathered first."""
-        all_codes = self._gather(codes)
-        vectors = self._gather(torch.stack([row["code_vectors"] for row in rows]))
-        weights = token_weights(vectors, self._gather(advantages), self._total_rewards, self._group_size, self.args)
-        self._log("unique_images", unique_share(all_codes, self._group_size))
-        for name, values in weights.items():
+    def _token_weights(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, Tensor]:
+        """Weights of this process's tokens; groups may be split over processes, so tokens are gathered first."""
+        batch = trl_seams.token_batch(self, rows, output, self._total_rewards, self._group_size)
+        guard: Any = (self.args.min_reward_std, self.args.kl_on_zero_variance)
+        weights, further = token_weights(self._weighting, batch, *guard)
+        self._log("unique_images", unique_share(batch.codes, self._group_size))
+        for name, values in {**further, **weights}.items():
             if name != "advantages":
                 self._log(f"{name}/mean", values)
                 self._log(f"{name}/std", values.std())
         if "advantage_weights" in weights:
             self._log("advantage_weights/min", weights["advantage_weights"].min())
             self._log("advantage_weights/max", weights["advantage_weights"].max())
-        first = self.accelerator.process_index * len(codes)
-        return {name: values[first : first + len(codes)] for name, values in weights.items()}
+        first = self.accelerator.process_index * len(rows)
+        return {name: values[first : first + len(rows)] for name, values in weights.items()}
 
     def _keep_samples(self, inputs: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
         """Hand the step's images to the run folder, which saves them every ``sample_steps`` steps."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from transformers import AutoProcessor, TrainerCallback
 
 from stage_grpo.config import StageConfig
 from stage_grpo.data import load_rows, to_dataset
 from stage_grpo.graceful_stop import GracefulStop
+from stage_grpo.guarded import go_back
 from stage_grpo.heldout import HeldoutEvaluation
 from stage_grpo.heldout_plan import HeldoutPlan, check_heldout, plan_heldout
 from stage_grpo.policy import load_policy, load_tokenizer
@@ -36,7 +38,8 @@ class TrainingResult:
             ``stage_grpo.run_folder``, the averaged policy in ``ema/`` if one was kept, and in ``best/`` the one that
             tested best on held-out prompts. A run that was stopped has no weights of its own there yet, but a
             checkpoint to continue from.
-        stopped_by: What stopped the run before its end, e.g. ``"SIGTERM"``; None if it ended by itself.
+        stopped_by: What stopped the run before its end, e.g. ``"SIGTERM"``, or the guard and why; None if it ended by
+            itself.
         step: Optimizer steps taken in all.
         is_main_process: Whether this process is the one to report.
     """
@@ -50,7 +53,8 @@ class TrainingResult:
 def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -> TrainingResult:
     """Run one training, or the rest of one, and save the policy.
 
-    SIGTERM, SIGINT and SIGUSR1 end it after the current step, with a checkpoint.
+    SIGTERM, SIGINT and SIGUSR1 end it after the current step, with a checkpoint. A run that its guard takes back goes
+    on from a checkpoint, in the same process, with a trainer of its own.
 
     Args:
         config: The whole configuration.
@@ -69,34 +73,66 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
     eval_rows = load_rows(config.eval_prompts) if config.eval_prompts else []
     _check_prompts(config, train_rows, eval_rows)
     check_no_adapter("model", str(config.model))
-    policy = load_policy(str(config.model), config.dtype, config.attn_implementation)
+    policy = _load_policy(config)
     processor = AutoProcessor.from_pretrained(policy.config.name_or_path)  # saved last, but better missed first
     _try_rewards(rewards, [*train_rows, *eval_rows], policy.image_size)
+    parts = _Parts(config, rewards, train_rows, eval_rows, plan, processor, callbacks or [])
     with GracefulStop() as stop:
-        trainer = StageTrainer(
-            policy,
-            rewards,
-            config,
-            to_dataset(train_rows),
-            to_dataset(eval_rows) if eval_rows else None,
-            load_tokenizer(policy),
-            [*(callbacks or []), stop],
-            peft_config=_lora(config) if config.use_peft else None,
-        )
-        stop.watch(trainer.accelerator)
-        if plan is not None:
-            trainer.add_callback(_heldout_evaluation(trainer, plan, processor, stop))
+        trainer = _trainer(parts, policy, stop)
         trainer.train(resume_from_checkpoint={"auto": True, "never": None}.get(config.resume, config.resume))
+        while trainer.guard.rollback is not None:
+            checkpoint = go_back(trainer)
+            # Two policies with their optimizers need not fit: the first goes before the second comes.
+            stop.stopped_at = policy = trainer = None
+            clear_device_cache(garbage_collection=True)
+            trainer = _trainer(parts, _load_policy(config), stop)
+            trainer.train(resume_from_checkpoint=checkpoint)
         stopped = stop.stopped_at is not None and trainer.state.global_step < trainer.state.max_steps
         if not stopped:
             _save(trainer, processor)
     trainer.accelerator.end_training()
     return TrainingResult(
         Path(str(config.output_dir)),
-        (stop.received or "a signal") if stopped else None,
+        (trainer.guard.stopped_by or stop.received or "a signal") if stopped else None,
         trainer.state.global_step,
         trainer.accelerator.is_main_process,
     )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What every trainer of a run is made of, beside the policy."""
+
+    config: StageConfig
+    rewards: list[Reward]
+    train_rows: list[PromptRow]
+    eval_rows: list[PromptRow]
+    plan: HeldoutPlan | None
+    processor: Any
+    callbacks: list[TrainerCallback]
+
+
+def _trainer(parts: _Parts, policy: Any, stop: GracefulStop) -> StageTrainer:
+    """The trainer of a run, or of the rest of one that goes back to a checkpoint."""
+    trainer = StageTrainer(
+        policy,
+        parts.rewards,
+        parts.config,
+        to_dataset(parts.train_rows),
+        to_dataset(parts.eval_rows) if parts.eval_rows else None,
+        load_tokenizer(policy),
+        [*parts.callbacks, stop],
+        peft_config=_lora(parts.config) if parts.config.use_peft else None,
+    )
+    stop.watch(trainer.accelerator)
+    trainer.guard.stop = stop
+    if parts.plan is not None:
+        trainer.add_callback(_heldout_evaluation(trainer, parts.plan, parts.processor, stop))
+    return trainer
+
+
+def _load_policy(config: StageConfig) -> Any:
+    return load_policy(str(config.model), config.dtype, config.attn_implementation)
 
 
 def _plan_heldout(config: StageConfig, train_rows: list[PromptRow]) -> HeldoutPlan | None:

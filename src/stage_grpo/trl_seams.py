@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
 from PIL import Image
 from torch import Tensor
+from trl.kernels import chunked_logprob
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from stage_grpo.config import StageConfig
 from stage_grpo.gathering import image_policy, with_whole_weights
@@ -23,6 +25,7 @@ from stage_grpo.policy.base import ImagePolicy
 from stage_grpo.policy.loading import load_policy
 from stage_grpo.rollout import Rollout, decode_images, rollout
 from stage_grpo.sampling import image_uniforms
+from stage_grpo.weighting.base import TokenBatch
 
 if TYPE_CHECKING:
     from stage_grpo.trainer import StageTrainer
@@ -34,6 +37,8 @@ logging.getLogger(grpo_trainer.__name__).addFilter(
 
 ENTROPY_REWARD = "entropy"
 """Name of the entropy reward's column among the reward functions."""
+CPU_TOKENS_A_TILE = 256
+"""Tokens whose logits are held at a time where no kernel folds them: TRL's 4,096 take several copies of 268 MB."""
 
 
 def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
@@ -42,7 +47,8 @@ def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
     Returns:
         ``prompt_ids``, ``completion_ids`` (codes) and ``logprobs`` as TRL asks, and for the rewards
         ``generated_images`` (PIL, RGB) and ``policy_entropy`` (mean over the image's tokens, nats). The trainer
-        measures similarity on ``code_vectors`` ((T, D), float32), read here because the codebook may be sharded.
+        weighs tokens by ``code_vectors`` ((T, D), float32), read here because the codebook may be sharded, and
+        ``policy_entropies`` ((T,), nats).
     """
     args: Any = trainer.args
     outline = image_policy(trainer.accelerator.unwrap_model(trainer.model))
@@ -67,8 +73,37 @@ def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
         "logprobs": (sampled.guided_logps if guided else sampled.logps).tolist(),
         "generated_images": images,
         "policy_entropy": entropies.mean(dim=1).tolist(),
+        "policy_entropies": list(entropies),
         "code_vectors": list(vectors),
     }
+
+
+def token_batch(
+    trainer: StageTrainer, rows: list[dict[str, Any]], output: dict[str, Any], rewards: Tensor, num_generations: int
+) -> TokenBatch:
+    """Gather what a token weighting may look at: the images of all processes.
+
+    Args:
+        trainer: The trainer.
+        rows: This process's samples with what :func:`sample_images` told of them.
+        output: What TRL made of them.
+        rewards: Total rewards of all processes' samples, (N,).
+        num_generations: G.
+    """
+    gather: Any = trainer.accelerator.gather
+    ref_logps = output.get("ref_per_token_logps")
+    return TokenBatch(
+        code_vectors=gather(torch.stack([row["code_vectors"] for row in rows])),
+        codes=gather(output["completion_ids"]),
+        advantages=gather(output["advantages"]),
+        rewards=rewards,
+        entropies=gather(torch.stack([row["policy_entropies"] for row in rows])),
+        logps=gather(output["sampling_per_token_logps"]),
+        num_generations=num_generations,
+        grid=image_policy(trainer.accelerator.unwrap_model(trainer.model)).grid,
+        step=trainer.state.global_step,
+        ref_logps=None if ref_logps is None else gather(ref_logps),
+    )
 
 
 @contextmanager
@@ -144,6 +179,14 @@ def _sizes(policy: ImagePolicy, with_parameters: bool) -> dict[str, Any]:
         named: Any = policy
         sizes |= {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.named_parameters()}
     return sizes
+
+
+def add_scoring_head(policy: ImagePolicy, temperature: float, device: torch.device) -> None:
+    """Let a policy score codes as TRL asks: log-probabilities and entropies in float32, logits tile by tile."""
+    if device.type == "cpu":
+        chunked_logprob.TOKEN_CHUNK_SIZE = CPU_TOKENS_A_TILE
+    model: Any = policy
+    add_fused_lm_head(model, temperature=temperature, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy"))
 
 
 def entropy_placeholder(prompts: list[str], **_: Any) -> list[float]:

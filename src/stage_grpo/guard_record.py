@@ -1,0 +1,124 @@
+"""What the guard leaves in a run folder: ``guard.jsonl``, and ``rolled_back/`` with what was taken back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stage_grpo.run_checkpoints import defect
+from stage_grpo.run_folder import write_atomically
+
+RECORDS, ROLLED_BACK = "guard.jsonl", "rolled_back"
+"""Names in a run folder."""
+
+
+@dataclass(frozen=True)
+class GuardRecord:
+    """One line of ``guard.jsonl``.
+
+    Attributes:
+        step: Optimizer steps taken.
+        rule: The rule that was broken, or ``not_finite``.
+        action: ``warn``, ``skip``, ``stop`` or ``rollback``.
+        value: What the rule measured; None for ``not_finite``.
+        threshold: Its threshold; for ``not_finite`` the steps in a row that end the run.
+        message: One line for people.
+        rollbacks: Rollbacks of the run before this line.
+        checkpoint: Where a rollback went, the name of a checkpoint of the run.
+        learning_rate_factor: Factor of the learning rate since the start of the run, after this line.
+        beta_factor: That of beta.
+    """
+
+    step: int
+    rule: str
+    action: str
+    value: float | None
+    threshold: float
+    message: str
+    rollbacks: int = 0
+    checkpoint: str | None = None
+    learning_rate_factor: float = 1.0
+    beta_factor: float = 1.0
+
+
+def read_guard(run: str | Path) -> list[GuardRecord]:
+    """What the guard of a run told and did, in order; lines that are no records are left out.
+
+    Args:
+        run: Output folder of the run.
+    """
+    path = Path(run) / RECORDS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: str) -> GuardRecord | None:
+    try:
+        return GuardRecord(**json.loads(line))
+    except (TypeError, ValueError):
+        return None
+
+
+def append_guard(run: str | Path, record: GuardRecord) -> None:
+    """Add a line to ``guard.jsonl``."""
+    Path(run).mkdir(parents=True, exist_ok=True)
+    with (Path(run) / RECORDS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def keep_guard(run: str | Path, wanted: Callable[[GuardRecord], bool]) -> None:
+    """Leave out the lines that are not of the run as it goes on now."""
+    path = Path(run) / RECORDS
+    if path.is_file():
+        kept = [json.dumps(asdict(record)) + "\n" for record in read_guard(run) if wanted(record)]
+        write_atomically(path, "".join(kept))
+
+
+def rollback_to(run: str | Path, checkpoint: Path) -> GuardRecord | None:
+    """The last rollback that went to a checkpoint, which itself does not know of it.
+
+    Args:
+        run: Output folder of the run.
+        checkpoint: The checkpoint that a run continues from; of another run, the answer is None.
+    """
+    if checkpoint.resolve().parent != Path(run).resolve():
+        return None
+    found = [record for record in read_guard(run) if record.action == "rollback"]
+    return next((record for record in reversed(found) if record.checkpoint == checkpoint.name), None)
+
+
+def newest_whole_until(run: str | Path, step: int) -> Path | None:
+    """The checkpoint with the most steps that is whole, of those with at most so many. Reads and hashes it.
+
+    Args:
+        run: Output folder of the run.
+        step: Optimizer steps.
+    """
+    by_step = sorted(((number, path) for number, path in _checkpoints(run) if number <= step), reverse=True)
+    return next((path for _, path in by_step if defect(path) is None), None)
+
+
+def set_aside(run: str | Path, step: int, number: int, clear: bool) -> None:
+    """Move the checkpoints beyond a step where no resume looks for them.
+
+    Args:
+        run: Output folder of the run.
+        step: Optimizer steps of the checkpoint that the run goes on from.
+        number: Which rollback it is, from 1: the folder below ``rolled_back``.
+        clear: Delete those of earlier rollbacks: a limit was set to the disk that checkpoints may fill.
+    """
+    folder = Path(run) / ROLLED_BACK / str(number)
+    shutil.rmtree(folder.parent if clear else folder, ignore_errors=True)
+    for found, path in _checkpoints(run):
+        if found > step:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.rename(folder / path.name)
+
+
+def _checkpoints(run: str | Path) -> list[tuple[int, Path]]:
+    found: list[Any] = [(path.name.removeprefix("checkpoint-"), path) for path in Path(run).glob("checkpoint-*")]
+    return [(int(number), path) for number, path in found if number.isdigit() and path.is_dir()]

@@ -1,0 +1,81 @@
+"""The table of token weightings by name. A weighting's module is imported when it is first built, not before."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from stage_grpo.weighting.base import FunctionWeighting, TokenWeighting
+
+WEIGHTINGS: dict[str, str] = {
+    "stage": "stage_grpo.weighting.stage:StageWeighting",
+    "critical": "stage_grpo.weighting.critical:CriticalTokens",
+    "none": "stage_grpo.weighting.base:NoWeighting",
+}
+"""Name -> where the class is, ``module:Class``."""
+
+
+def build_weighting(name: str, options: dict[str, Any] | None = None) -> TokenWeighting:
+    """Builds a token weighting by its name.
+
+    Args:
+        name: A name of ``WEIGHTINGS``, or ``module.path:attribute`` of your own function
+            ``weights(codes, advantages, entropies, step)`` or :class:`TokenWeighting` class.
+        options: Fields of the class's ``Options``; for a function, its further keyword parameters.
+
+    Raises:
+        ValueError: An unknown name, a target that cannot be imported, or an unknown or invalid option.
+    """
+    options = dict(options or {})
+    if name not in WEIGHTINGS and ":" not in name:
+        raise ValueError(
+            f"token_weighting={name!r} is unknown; known are {', '.join(sorted(WEIGHTINGS))}, "
+            "or give module.path:function of your own"
+        )
+    target = _load(WEIGHTINGS.get(name, name))
+    if isinstance(target, type) and issubclass(target, TokenWeighting):
+        known = [option.name for option in fields(target.Options)]
+        required = [o.name for o in fields(target.Options) if o.default is MISSING and o.default_factory is MISSING]
+        _check_names(name, options, known, required)
+        try:
+            return target(target.Options(**options))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"token weighting {name!r} rejects its options {options}: {error}") from error
+    if callable(target) and not isinstance(target, type):
+        _check_names(name, options, *_keywords(target))
+        return FunctionWeighting(target, options)
+    raise ValueError(
+        f"token_weighting={name!r} is {target!r}; name a function weights(codes, advantages, entropies, step) or a "
+        "TokenWeighting class"
+    )
+
+
+def _load(target: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"token_weighting={target!r} cannot be imported ({error}); write module.path:name, and put the module's "
+            "folder on PYTHONPATH"
+        ) from error
+
+
+def _check_names(name: str, options: dict[str, Any], known: list[str], required: list[str]) -> None:
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"token weighting {name!r} has no option {', '.join(map(repr, unknown))}; "
+            + (f"known are {', '.join(sorted(known))}" if known else "it takes none")
+        )
+    if absent := [option for option in required if option not in options]:
+        raise ValueError(f"token weighting {name!r} lacks {', '.join(absent)}; give it in token_weighting_options")
+
+
+def _keywords(function: Callable[..., Any]) -> tuple[list[str], list[str]]:
+    """Names a function takes beyond codes, advantages, entropies and step; and those of them without a default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    further = [p for p in list(inspect.signature(function).parameters.values())[4:] if p.kind in named]
+    return [p.name for p in further], [p.name for p in further if p.default is inspect.Parameter.empty]
