@@ -84,7 +84,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"stage_grpo": ["py.typed", "templates/*.j2", "published_results.json"]},
+    package_data={"stage_grpo": ["py.typed", "templates/*.j2"], "stage_grpo.comparison": ["published_results.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["stage = stage_grpo.cli:main"]},

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stage_grpo.gallery import write_gallery
+from stage_grpo.pages.gallery import write_gallery
 
 DRIVER = Path(__file__).parents[1] / "tests" / "gallery_page.js"
 NUM_SETS, NUM_DIFFERENT, SIZE = 3, 100, 384

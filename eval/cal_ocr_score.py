@@ -2,7 +2,7 @@
 
 import sys
 
-from stage_grpo.ocr_summary import main_ocr_score
+from stage_grpo.evaluation.ocr_summary import main_ocr_score
 
 if __name__ == "__main__":
     try:

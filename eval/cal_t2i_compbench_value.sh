@@ -10,7 +10,7 @@ set -euo pipefail
 exec python -c '
 import sys
 
-from stage_grpo.t2i_compbench import main_official
+from stage_grpo.evaluation.t2i_compbench import main_official
 
 try:
     print(main_official("cal_t2i_compbench_value.sh", sys.argv[1:]))

@@ -6,7 +6,7 @@ torchrun --nproc_per_node=8 infer/reason_inference_t2i_compbench.py --model_path
 import sys
 
 from stage_grpo.cli import main
-from stage_grpo.infer_doors import generate_words
+from stage_grpo.generation.doors import generate_words
 
 if __name__ == "__main__":
     main(["generate", *generate_words("t2i_compbench", sys.argv[1:])])

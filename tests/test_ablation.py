@@ -16,7 +16,6 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from stage_grpo import charts
 from stage_grpo.ablation.collapse import collapse_reasons, end_mean
 from stage_grpo.ablation.command import main_ablate
 from stage_grpo.ablation.grid import HeldoutTest, load_grid
@@ -24,8 +23,9 @@ from stage_grpo.ablation.job import Job, write_job
 from stage_grpo.ablation.plan import distinct_jobs, plan_runs
 from stage_grpo.ablation.seeds import mean_over_seeds, paired_over_seeds
 from stage_grpo.ablation.worker import run_job
-from stage_grpo.scores import Scores
-from stage_grpo.statistics import Difference
+from stage_grpo.evaluation.scores import Scores
+from stage_grpo.evaluation.statistics import Difference
+from stage_grpo.pages import charts
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "assets" / "shapes"

@@ -12,7 +12,7 @@ import pytest
 
 from stage_grpo.benchmark_rows import benchmark_rows
 from stage_grpo.benchmarks import BENCHMARKS, STRICT, Benchmark, Scorer, get_benchmark
-from stage_grpo.image_layouts import LAYOUTS, plan_images
+from stage_grpo.images.layouts import LAYOUTS, plan_images
 from stage_grpo.prompt_sets.fetch import fetch
 from stage_grpo.prompt_sets.sources import PROMPT_SETS
 from stage_grpo.rewards.registry import REWARDS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from stage_grpo.ocr_summary import main_ocr_score
+from stage_grpo.evaluation.ocr_summary import main_ocr_score
 
 DOOR = Path(__file__).parents[1] / "eval" / "cal_ocr_score.py"
 TEXTS = ("STOP", "Open now", "Grand opening")

@@ -13,13 +13,12 @@ from scipy import stats
 
 from stage_grpo.benchmarks import get_benchmark
 from stage_grpo.cli import main
-from stage_grpo.comparing import main_compare
-from stage_grpo.comparison import Side, compare_sides, setting_differences
-from stage_grpo.comparison_page import to_html
-from stage_grpo.comparison_text import DIFFERENT, MODEL_ONLY, SAME, to_json, to_markdown, to_text
-from stage_grpo.scores import Scores, clusters, compare, measured, strata, table_lines
-from stage_grpo.statistics import bootstrap_mean, paired_difference
-from stage_grpo.unpaired import unpaired_difference
+from stage_grpo.comparison.command import main_compare
+from stage_grpo.comparison.compare import Side, compare_sides, setting_differences
+from stage_grpo.comparison.page import to_html
+from stage_grpo.comparison.text import DIFFERENT, MODEL_ONLY, SAME, to_json, to_markdown, to_text
+from stage_grpo.evaluation.scores import Scores, clusters, compare, measured, strata, table_lines
+from stage_grpo.evaluation.statistics import bootstrap_mean, paired_difference, unpaired_difference
 
 EVIL = 'a|b <script>"x"</script> $x_1$'
 

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import tiny_clip
-from stage_grpo import diversity
-from stage_grpo.diversity import mean_pairwise_distance, measure_diversity
-from stage_grpo.image_files import encode_codes, save_image
-from stage_grpo.image_sets import ImageSet, SetImage
+from stage_grpo.evaluation import diversity
+from stage_grpo.evaluation.diversity import mean_pairwise_distance, measure_diversity
+from stage_grpo.images.files import encode_codes, save_image
+from stage_grpo.images.sets import ImageSet, SetImage
 
 
 def one_by_one(vectors: np.ndarray) -> float:

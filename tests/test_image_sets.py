@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stage_grpo import evaluation, image_folders
 from stage_grpo.benchmarks import BENCHMARKS, Benchmark, Scorer
-from stage_grpo.image_files import save_image
-from stage_grpo.image_layouts import LAYOUTS, plan_images, side_folder
-from stage_grpo.image_sets import read_image_set
+from stage_grpo.evaluation import evaluate as evaluation
+from stage_grpo.images import folders as image_folders
+from stage_grpo.images.files import save_image
+from stage_grpo.images.layouts import LAYOUTS, plan_images, side_folder
+from stage_grpo.images.sets import read_image_set
 from stage_grpo.types import PromptRow
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from stage_grpo.benchmarks import BENCHMARKS
-from stage_grpo.infer_doors import generate_words
+from stage_grpo.generation.doors import generate_words
 
 INFER = Path(__file__).parents[1] / "infer"
 GENEVAL = [

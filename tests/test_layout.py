@@ -29,11 +29,8 @@ LAYERS = [
 ]
 """Each line may import the lines above it and its own."""
 
-ON_IMAGES = ["rewards", "weights", "scoring", "detectors", "evaluation", "statistics", "scores", "report"]
-ON_IMAGES += ["t2i_compbench", "official_t2i_compbench"]
-ON_IMAGES += ["charts", "before_after", "image_folders", "image_sets", "image_expectations", "image_set_files"]
-ON_IMAGES += ["benchmarks", "benchmark_rows", "diversity", "measuring", "official_scores", "ocr_summary"]
-ON_IMAGES += ["evaluation_jobs", "evaluation_command", "score_table"]
+ON_IMAGES = ["rewards", "weights", "scoring", "detectors", "images", "evaluation", "comparison", "pages"]
+ON_IMAGES += ["benchmarks", "benchmark_rows"]
 """These work on finished images, whatever made them, so they never reach a policy."""
 MODEL_SIDE = {part for layer in LAYERS[3:] for part in layer}
 

@@ -11,8 +11,8 @@ from PIL import Image
 import stage_grpo
 from stage_grpo import ImagePipeline
 from stage_grpo.cli import main
-from stage_grpo.image_folders import read_prompt_folders
-from stage_grpo.pipeline import find_checkpoint
+from stage_grpo.generation.pipeline import find_checkpoint
+from stage_grpo.images.folders import read_prompt_folders
 from stage_grpo.run_checkpoints import seal
 
 PROMPTS = ["a photo of a circle", "a photo of a red circle and a blue square"]
@@ -112,4 +112,4 @@ def test_final_weights_go_before_checkpoints(run, checkpoint):
 
 
 def test_the_pipeline_is_part_of_the_package():
-    assert "ImagePipeline" in dir(stage_grpo) and ImagePipeline.__module__ == "stage_grpo.pipeline"
+    assert "ImagePipeline" in dir(stage_grpo) and ImagePipeline.__module__ == "stage_grpo.generation.pipeline"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stage_grpo.benchmarks import BENCHMARKS, GENEVAL_CATEGORIES
-from stage_grpo.published import parse_published, published_rows
+from stage_grpo.comparison.published import parse_published, published_rows
 
 ROOT = Path(__file__).parents[1]
 TABLE = {
@@ -128,5 +128,5 @@ def test_an_installed_package_has_the_figures_and_templates(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     built = tmp_path / "stage_grpo"
     source = ROOT / "src" / "stage_grpo"
-    for name in ("published_results.json", "templates/comparison.html.j2"):
+    for name in ("comparison/published_results.json", "templates/comparison.html.j2"):
         assert (built / name).read_bytes() == (source / name).read_bytes()

@@ -18,15 +18,18 @@ def blocks(language):
     return [text for name, text in fenced if name == language]
 
 
-def test_python_example_trains(tmp_path, monkeypatch):
+def test_python_examples_train_and_draw(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (example,) = blocks("python")
+    example, drawing = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     # The example as printed, but elsewhere and for one step.
     shorter = example.replace("outputs/redness", str(tmp_path / "run")).replace("max_steps=20", "max_steps=1")
     assert shorter != example
     exec(compile(shorter, "README.md", "exec"), {})
     assert "redness" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    names = {}
+    exec(compile(drawing, "README.md", "exec"), names)
+    assert [image.size for image in names["images"]] == [(48, 48)] * 4
 
 
 def test_train_command_of_the_readme_parses(monkeypatch):

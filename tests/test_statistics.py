@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stage_grpo import statistics
+from stage_grpo.evaluation import statistics
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -150,3 +150,16 @@ def test_wrong_inputs() -> None:
             statistics.paired_difference(values, np.ones(2))
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_difference_without_a_scored_pair_has_no_p_value():
+    nothing = statistics.paired_difference(np.array([np.nan, np.nan]), np.array([1.0, 0.0]))
+    assert all(np.isnan(x) for x in (nothing.value, nothing.low, nothing.high, nothing.p_value))
+
+
+def test_resamples_without_a_scored_pair_do_not_count_as_evidence():
+    """One scored pair of three: a third of all resamples hold it never, and say neither yes nor no."""
+    before, after = np.array([0.0, np.nan, np.nan]), np.array([1.0, 1.0, 1.0])
+    lone = statistics.paired_difference(before, after, num_resamples=1000)
+    drawn = 1000 * (1 - (2 / 3) ** 3)
+    assert lone.value == 1.0 and lone.p_value == pytest.approx(2 / (drawn + 1), rel=0.1)

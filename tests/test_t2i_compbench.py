@@ -11,9 +11,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from stage_grpo.official_t2i_compbench import STEPS
-from stage_grpo.rewards.base import Reward
-from stage_grpo.t2i_compbench import (
+from stage_grpo.evaluation.official_t2i_compbench import STEPS
+from stage_grpo.evaluation.t2i_compbench import (
     CATEGORIES,
     REWARDS,
     category_scores,
@@ -23,6 +22,7 @@ from stage_grpo.t2i_compbench import (
     official_order,
     run_official,
 )
+from stage_grpo.rewards.base import Reward
 
 SCRIPT = """
 import argparse, json, os, sys

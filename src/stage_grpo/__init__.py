@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ImagePipeline": "stage_grpo.pipeline",
+    "ImagePipeline": "stage_grpo.generation.pipeline",
     "JanusPolicy": "stage_grpo.policy.janus",
     "StageConfig": "stage_grpo.config",
     "StageTrainer": "stage_grpo.trainer",

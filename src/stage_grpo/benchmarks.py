@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from stage_grpo.image_layouts import LAYOUTS
+from stage_grpo.images.layouts import LAYOUTS
 
 GENEVAL_CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 T2I_COMPBENCH_CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "non_spatial", "numeracy", "complex")
@@ -44,7 +44,7 @@ class Scorer:
     Attributes:
         measure: What tables call the number.
         reward: Name in `stage_grpo.rewards.registry.REWARDS`; None for what only the benchmark's official code
-            computes, see `stage_grpo.t2i_compbench`.
+            computes, see `stage_grpo.evaluation.t2i_compbench`.
         options: Options of the reward.
         detail: Detail of the reward to take instead of its score.
         columns: Categories that it scores; None for all.
@@ -70,7 +70,7 @@ class Benchmark:
             name as ``tag``.
         scorers: How its measures are made; the first one's measure is the headline.
         images_per_prompt: How many images a prompt gets in the benchmark's own protocol.
-        layout: Name in `stage_grpo.image_layouts.LAYOUTS` of the folder that its official scorer reads.
+        layout: Name in `stage_grpo.images.layouts.LAYOUTS` of the folder that its official scorer reads.
         source: Where the benchmark is defined.
         prompt_set: Name of its official prompts in `stage_grpo.prompt_sets.sources.PROMPT_SETS`; None if it has none.
         overall: Whether the overall score is the mean over "categories" (of their means), over "images" alike, or

@@ -81,7 +81,7 @@ def _train(program: str, words: list[str]) -> None:
 
 @command("generate", "write images for prompts")
 def _generate(program: str, words: list[str]) -> None:
-    from stage_grpo.generation_command import main_generate
+    from stage_grpo.generation.command import main_generate
 
     _hide_loading_bars()
     print(main_generate(program, words))
@@ -89,7 +89,7 @@ def _generate(program: str, words: list[str]) -> None:
 
 @command("evaluate", "score a folder of images on a benchmark")
 def _evaluate(program: str, words: list[str]) -> None:
-    from stage_grpo.evaluation_command import main_evaluate
+    from stage_grpo.evaluation.command import main_evaluate
 
     _hide_loading_bars()
     print(main_evaluate(program, words))
@@ -97,7 +97,7 @@ def _evaluate(program: str, words: list[str]) -> None:
 
 @command("compare", "paired differences between scores, beside published results")
 def _compare(program: str, words: list[str]) -> None:
-    from stage_grpo.comparing import main_compare
+    from stage_grpo.comparison.command import main_compare
 
     print(main_compare(program, words))
 
@@ -141,7 +141,7 @@ def _weights_get(program: str, words: list[str]) -> None:
 
 @command("report", "write the HTML report of a run, or a gallery of image sets")
 def _report(program: str, words: list[str]) -> None:
-    from stage_grpo.report_command import main_report
+    from stage_grpo.pages.command import main_report
 
     print(main_report(program, words))
 

@@ -14,13 +14,13 @@ from transformers import TrainerCallback
 from stage_grpo.benchmarks import GRADED, STRICT
 from stage_grpo.config import parse_config
 from stage_grpo.data import load_rows
-from stage_grpo.evaluation import evaluate
-from stage_grpo.generation import generate
+from stage_grpo.evaluation.evaluate import evaluate
+from stage_grpo.evaluation.scores import OVERALL, Scores, compare, format_comparison
+from stage_grpo.generation.generate import generate
+from stage_grpo.pages.report import write_demo_report
 from stage_grpo.policy import load_policy, load_tokenizer
-from stage_grpo.report import write_demo_report
 from stage_grpo.run_folder import write_atomically
 from stage_grpo.sampling import Sampling
-from stage_grpo.scores import OVERALL, Scores, compare, format_comparison
 from stage_grpo.training import train
 
 

@@ -63,7 +63,7 @@ class ShardedTrainer(GRPOTrainer):
 
     @property
     def can_share_prompts(self) -> bool:
-        """Whether scoring may run prompts apart from images: no weights to gather twice, no activations to recompute."""
+        """Whether scoring may run prompts apart from images: no weights gathered twice, no activations recomputed."""
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         return not is_sharded and not self.args.gradient_checkpointing
 

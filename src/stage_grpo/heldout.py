@@ -25,9 +25,9 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 
-from stage_grpo.evaluation import evaluate
+from stage_grpo.evaluation.evaluate import evaluate
 from stage_grpo.gathering import with_whole_weights
-from stage_grpo.generation import MAX_BATCH_SIZE, generate
+from stage_grpo.generation.generate import MAX_BATCH_SIZE, generate
 from stage_grpo.graceful_stop import GracefulStop
 from stage_grpo.heldout_plan import SEED, HeldoutPlan, warn_if_trained_on
 from stage_grpo.heldout_record import BEST, IMAGES, HeldoutFolder, HeldoutRecord

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stage_grpo.evaluation.scores import Scores
 from stage_grpo.heldout_plan import HeldoutPlan
 from stage_grpo.run_checkpoints import PARTIAL, SET_ASIDE, defect, publish, seal
 from stage_grpo.run_folder import write_atomically
-from stage_grpo.scores import Scores
 
 logger = logging.getLogger(__name__)
 

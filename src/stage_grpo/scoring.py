@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from stage_grpo.command_line import ArgumentParser
 from stage_grpo.data import load_rows
-from stage_grpo.image_folders import IMAGE_SUFFIXES, load_image, read_prompt_folders
+from stage_grpo.images.folders import IMAGE_SUFFIXES, load_image, read_prompt_folders
 from stage_grpo.rewards.base import Reward
 from stage_grpo.rewards.registry import build_reward
 from stage_grpo.types import Metadata, PromptRow

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stage_grpo.statistics import Difference
+from stage_grpo.evaluation.statistics import Difference
 
 KL_OVER_ENTROPY = 1.0
 """Largest KL at the end, as a multiple of the reference policy's entropy at the start, both nats a token: beyond it

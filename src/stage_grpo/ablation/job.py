@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stage_grpo.ablation.grid import HeldoutTest
-from stage_grpo.image_files import write_whole
+from stage_grpo.images.files import write_whole
 
 CONFIG, TEST, SCORES, LOG = "config.yaml", "test.json", "scores.json", "run.log"
 RESULT = "result.json"

@@ -10,11 +10,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from stage_grpo import charts
 from stage_grpo.ablation.results import FinishedRun, Line, Results
 from stage_grpo.ablation.seeds import SeedMean
 from stage_grpo.ablation.table import difference_table, main_table, notes, number, score_names
-from stage_grpo.image_folders import load_image
+from stage_grpo.images.folders import load_image
+from stage_grpo.pages import charts
 
 MAX_IMAGE_COLUMNS = 8
 _CURVES = {

@@ -18,9 +18,9 @@ from stage_grpo.ablation.job import RESULT, SCORES
 from stage_grpo.ablation.plan import PlannedRun
 from stage_grpo.ablation.seeds import SeedMean, mean_over_seeds, paired_over_seeds
 from stage_grpo.benchmarks import GRADED
+from stage_grpo.evaluation.scores import HELDOUT, OVERALL, Scores, compare
+from stage_grpo.evaluation.statistics import Difference
 from stage_grpo.run_record import RunRecord, read_run
-from stage_grpo.scores import HELDOUT, OVERALL, Scores, compare
-from stage_grpo.statistics import Difference
 
 TRAINED, OTHER = "trained categories", "other categories"
 MAX_KL, SECONDS = "kl/max", "seconds/step"

@@ -79,8 +79,8 @@ def _score(config: StageConfig, test: HeldoutTest, model: str, folder: Path) -> 
 
     from stage_grpo.benchmark_rows import benchmark_rows
     from stage_grpo.benchmarks import get_benchmark
-    from stage_grpo.evaluation import evaluate
-    from stage_grpo.generation import generate
+    from stage_grpo.evaluation.evaluate import evaluate
+    from stage_grpo.generation.generate import generate
     from stage_grpo.policy import load_policy, load_tokenizer
 
     policy: Any = load_policy(model, config.dtype, config.attn_implementation)

@@ -1,0 +1,1 @@
+"""From a checkpoint to images on disk or in memory."""
