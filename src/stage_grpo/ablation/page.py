@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stage_grpo.ablation.results import FinishedRun, Line, Results
@@ -15,6 +14,7 @@ from stage_grpo.ablation.seeds import SeedMean
 from stage_grpo.ablation.table import difference_table, main_table, notes, number, score_names
 from stage_grpo.images.folders import load_image
 from stage_grpo.pages import charts
+from stage_grpo.pages.render import render
 
 MAX_IMAGE_COLUMNS = 8
 _CURVES = {
@@ -40,15 +40,9 @@ def to_html(results: Results) -> str:
     Returns:
         HTML.
     """
-    environment = Environment(
-        loader=PackageLoader("stage_grpo"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     differences = difference_table(results)
-    return environment.get_template("ablation.html.j2").render(
+    return render(
+        "ablation",
         grid=results.grid,
         cards=_cards(results),
         table=main_table(results),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stage_grpo.comparison import text
@@ -13,6 +12,7 @@ from stage_grpo.comparison.compare import Comparison, DifferenceTable, is_model
 from stage_grpo.evaluation.scores import HELDOUT, OVERALL, label
 from stage_grpo.evaluation.statistics import Estimate
 from stage_grpo.pages import charts
+from stage_grpo.pages.render import render
 
 Triple = tuple[float, float, float]
 _NOTHING: Triple = (math.nan, math.nan, math.nan)
@@ -27,16 +27,10 @@ def to_html(comparison: Comparison) -> str:
     Returns:
         HTML.
     """
-    environment = Environment(
-        loader=PackageLoader("stage_grpo"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     first, *others = (side.name for side in comparison.sides)
     settings = text.settings_grid(comparison)
-    return environment.get_template("comparison.html.j2").render(
+    return render(
+        "comparison",
         title=f"{', '.join(others)} against {first}",
         benchmark=comparison.benchmark.title,
         is_paired=comparison.is_paired,

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stage_grpo.benchmarks import STRICT, get_benchmark
 from stage_grpo.evaluation.scores import OVERALL, Scores
 from stage_grpo.pages.gallery_sets import GalleryImage, GallerySet, read_set
+from stage_grpo.pages.render import render
 from stage_grpo.pages.thumbnails import THUMBNAIL_SIZE, Thumbnail, make_thumbnails
 
 _SCRIPTS = ("gallery_rules.js.j2", "gallery.js.j2")
@@ -121,10 +121,10 @@ def _render(sets: Sequence[GallerySet], thumbnails: Sequence[Thumbnail | None], 
     data = gallery_data(sets, [one and (one.width, one.height) for one in thumbnails], home)
     data["thumbnail"] = size
     script = "".join(files("stage_grpo").joinpath("templates", name).read_text("utf-8") for name in _SCRIPTS)
-    environment = Environment(loader=PackageLoader("stage_grpo"), autoescape=True, undefined=StrictUndefined)
     # The page may run this one script, by its hash: a prompt that got out of the data could still not run.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("gallery.html.j2").render(
+    return render(
+        "gallery",
         title=" · ".join(one["name"] for one in data["sets"]),
         num_images=sum(len(one.images) for one in sets),
         script=Markup(script),

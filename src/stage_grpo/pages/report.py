@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stage_grpo.benchmarks import get_benchmark
 from stage_grpo.evaluation.scores import Scores
 from stage_grpo.pages import before_after, charts
+from stage_grpo.pages.render import render
 from stage_grpo.run_record import RunRecord, Samples, read_run
 
 _MAX_GROUP_IMAGES = 8
@@ -152,14 +152,7 @@ def write_run_report(run_dir: str | Path, path: str | Path | None = None) -> Pat
 
 
 def _write(path: Path, context: dict[str, Any]) -> Path:
-    environment = Environment(
-        loader=PackageLoader("stage_grpo"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(context)
+    page = render("report", **context)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
