@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from stage_grpo.plug_ins import check_option_names, load_target
 from stage_grpo.rewards.base import FunctionReward, Reward
 from stage_grpo.weights import cache_folder, is_present
 
@@ -152,13 +152,14 @@ def build_reward(name: str, options: dict[str, Any] | None = None) -> Reward:
             f"unknown reward {name!r}; known are {', '.join(sorted(REWARDS))}, "
             "or give module.path:function of your own"
         )
-    target = _load(REWARDS[name].target if name in REWARDS else name)
+    place = REWARDS[name].target if name in REWARDS else name
+    target = load_target(place, f"reward {place!r}")
     if isinstance(target, type) and issubclass(target, Reward):
         _check_packages(name, target)
-        _check_names(name, options, [option.name for option in fields(target.Options)])
+        check_option_names(f"reward {name!r}", options, [option.name for option in fields(target.Options)])
         return target(_checked_options(name, target.Options, options))
     if callable(target) and not isinstance(target, type):
-        _check_names(name, options, _keyword_parameters(target))
+        check_option_names(f"reward {name!r}", options, _keyword_parameters(target))
         return FunctionReward(target, options)
     raise ValueError(f"{name!r} is {target!r}; name a function f(images, prompts, metadata) or a Reward class")
 
@@ -166,7 +167,7 @@ def build_reward(name: str, options: dict[str, Any] | None = None) -> Reward:
 def _remote(name: str, options: dict[str, Any]) -> Reward:
     from stage_grpo.rewards.remote import RemoteOptions, RemoteReward
 
-    _check_names(name, options, [option.name for option in fields(RemoteOptions)])
+    check_option_names(f"reward {name!r}", options, [option.name for option in fields(RemoteOptions)])
     return RemoteReward(name, _checked_options(name, RemoteOptions, options))
 
 
@@ -182,7 +183,8 @@ def _in_worker(name: str, options: dict[str, Any]) -> Reward:
 
 def reward_class(name: str) -> type[Reward]:
     """Class of a reward of the table. Its module is imported, its models are not."""
-    return _load(REWARDS[name].target)
+    place = REWARDS[name].target
+    return load_target(place, f"reward {place!r}")
 
 
 def missing_packages(reward: type[Reward]) -> list[str]:
@@ -217,26 +219,6 @@ def lacking(name: str, options: dict[str, Any] | None = None) -> list[tuple[str,
         for weights in reward.needed_weights()
         if not is_present(weights)
     ]
-
-
-def _load(target: str) -> Any:
-    module_name, _, attribute = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"reward {target!r} cannot be imported ({error}); write module.path:name, and put the module's "
-            "folder on PYTHONPATH"
-        ) from error
-
-
-def _check_names(name: str, options: dict[str, Any], known: list[str]) -> None:
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"reward {name!r} has no option {', '.join(map(repr, unknown))}; "
-            + (f"known are {', '.join(sorted(known))}" if known else "it takes none")
-        )
 
 
 def _checked_options(name: str, options_class: type[Any], options: dict[str, Any]) -> Any:

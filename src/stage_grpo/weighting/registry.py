@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
+from stage_grpo.plug_ins import check_option_names, load_target
 from stage_grpo.weighting.base import FunctionWeighting, TokenWeighting
 
 WEIGHTINGS: dict[str, str] = {
@@ -35,7 +35,8 @@ def build_weighting(name: str, options: dict[str, Any] | None = None) -> TokenWe
             f"token_weighting={name!r} is unknown; known are {', '.join(sorted(WEIGHTINGS))}, "
             "or give module.path:function of your own"
         )
-    target = _load(WEIGHTINGS.get(name, name))
+    place = WEIGHTINGS.get(name, name)
+    target = load_target(place, f"token_weighting={place!r}")
     if isinstance(target, type) and issubclass(target, TokenWeighting):
         known = [option.name for option in fields(target.Options)]
         required = [o.name for o in fields(target.Options) if o.default is MISSING and o.default_factory is MISSING]
@@ -53,23 +54,8 @@ def build_weighting(name: str, options: dict[str, Any] | None = None) -> TokenWe
     )
 
 
-def _load(target: str) -> Any:
-    module_name, _, attribute = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"token_weighting={target!r} cannot be imported ({error}); write module.path:name, and put the module's "
-            "folder on PYTHONPATH"
-        ) from error
-
-
 def _check_names(name: str, options: dict[str, Any], known: list[str], required: list[str]) -> None:
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"token weighting {name!r} has no option {', '.join(map(repr, unknown))}; "
-            + (f"known are {', '.join(sorted(known))}" if known else "it takes none")
-        )
+    check_option_names(f"token weighting {name!r}", options, known)
     if absent := [option for option in required if option not in options]:
         raise ValueError(f"token weighting {name!r} lacks {', '.join(absent)}; give it in token_weighting_options")
 
