@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "assets" / "shapes"
 GRIDS = {
     # Variants x points of the axes, counted by hand.
-    "components": 8,
+    "table4": 8,
     "diversity": 5,
     "entropy_loss": 8,
     "entropy_reward": 6,
@@ -222,11 +222,11 @@ def test_shipped_grids_resolve(name, num_cells, tmp_path, monkeypatch):
 def test_shipped_grids_share_their_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     planned, folders = {}, {}
-    for name in ("components", "entropy_reward", "equal_strength"):
+    for name in ("table4", "entropy_reward", "equal_strength"):
         runs = plan_runs(load_grid(f"configs/ablation/{name}.yaml"), tmp_path, [0], planned=planned)
         folders[name] = {run.job.folder for run in runs}
-    assert folders["entropy_reward"] < folders["components"]
-    assert len(folders["equal_strength"] - folders["components"]) == 2
+    assert folders["entropy_reward"] < folders["table4"]
+    assert len(folders["equal_strength"] - folders["table4"]) == 2
 
 
 def test_mean_over_seeds_by_hand():

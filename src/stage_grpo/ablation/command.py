@@ -54,7 +54,7 @@ def main_ablate(program: str, words: list[str]) -> tuple[str, int]:
 
 def _parser(program: str) -> ArgumentParser:
     parser = ArgumentParser(prog=program, description="Run grids of trainings. What is finished is not run again.")
-    parser.add_argument("grids", nargs="+", metavar="GRID.yaml", help="grids, e.g. configs/ablation/components.yaml")
+    parser.add_argument("grids", nargs="+", metavar="GRID.yaml", help="grids, e.g. configs/ablation/table4.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", help="training seeds (the grid's)")
     parser.add_argument("--max-steps", type=int, help="optimizer steps of every run (the grid's)")
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"), help="folder that all grids share")
