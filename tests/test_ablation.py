@@ -1,5 +1,6 @@
 """Grids of runs: what a YAML file expands to, what is shared, what seeds say, and that a kill costs nothing."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,17 +16,22 @@ import numpy as np
 import pytest
 import yaml
 from filelock import FileLock
+from PIL import Image
 
 from stage_grpo.ablation.collapse import collapse_reasons, end_mean
 from stage_grpo.ablation.command import main_ablate
-from stage_grpo.ablation.grid import HeldoutTest, load_grid
+from stage_grpo.ablation.grid import Cell, HeldoutTest, load_grid
 from stage_grpo.ablation.job import Job, write_job
+from stage_grpo.ablation.picture import draw
 from stage_grpo.ablation.plan import distinct_jobs, plan_runs
+from stage_grpo.ablation.results import ALARMS, BELOW_BEST, ROLLBACKS, Line, Results, collect, guarded
 from stage_grpo.ablation.seeds import mean_over_seeds, paired_over_seeds
 from stage_grpo.ablation.worker import run_job
 from stage_grpo.evaluation.scores import Scores
 from stage_grpo.evaluation.statistics import Difference
+from stage_grpo.guard_record import GuardRecord, append_guard
 from stage_grpo.pages import charts
+from stage_grpo.run_record import read_run
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "assets" / "shapes"
@@ -44,6 +50,7 @@ GRIDS = {
     "loss_types": 4 * 6,
     "min_reward_std": 4 * 4,
     "readings": 6,
+    "guard": 2 * 2,
     "stability": 3 * 3 * 2,
 }
 
@@ -176,6 +183,7 @@ WRONG = [
     ({"drop": ["claim"]}, "grid lacks 'claim'; add it"),
     ({"baseline": "grop"}, "'grop' is no variant; did you mean grpo\\?"),
     ({"controls": ["equal"]}, "'equal' is no variant"),
+    ({"pictured": ["stagee"]}, "'stagee' is no variant"),
     ({"seeds": [0, 0]}, r"seeds=\[0, 0\] must be different whole numbers"),
     ({"seeds": 3}, "seeds=3 must be a list"),
     ({"axes": {"beta": 0.1}}, "axis 'beta' is 0.1; give a list"),
@@ -318,6 +326,49 @@ def test_results_are_those_of_the_run(toy):
     page = (toy.out / "toy" / "report.html").read_text()
     assert "A toy &lt;grid&gt;" in page and f"{after.overall:.3f}" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "<script" not in page
+
+
+def test_the_picture_shows_the_run(toy):
+    with Image.open(toy.out / "toy" / "picture.png") as opened:
+        assert opened.format == "PNG" and opened.width > 1000
+    grid = load_grid(toy.words[0])
+    results = collect(grid, plan_runs(grid, toy.out, [0]))
+    (run,) = results.runs
+    rewards, drift, scores = draw(results).axes
+    assert rewards.lines[0].get_ydata().tolist() == run.record.series("rewards/shapes/mean")[1]
+    assert drift.lines[0].get_ydata().tolist() == run.record.series("kl")[1]
+    assert scores.lines[0].get_xdata() == [run.quantities["strict held-out"]]
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["grpo"]
+    before = run.before.scores["strict"]["heldout"]
+    assert scores.lines[1].get_xdata() == [before, before]
+
+
+def test_a_picture_over_two_axes_is_maps(toy):
+    grid = load_grid(toy.words[0])
+    (run,) = collect(grid, plan_runs(grid, toy.out, [0])).runs
+    points = [{"a": a, "b": b} for a in ("1", "2") for b in ("3", "4")]
+    score = iter((0.1, 0.2, 0.3))
+    lines = [
+        Line(Cell("grpo", point, {}), [run], {"strict": mean_over_seeds([next(score)])}, {}) for point in points[:3]
+    ]
+    grid = dataclasses.replace(
+        grid, axes={name: {value: {} for value in values} for name, values in (("a", "12"), ("b", "34"))}
+    )
+    above, _, below, _ = draw(Results(grid, [run], [], lines)).axes
+    assert above.images[0].get_array().tolist()[0] == [0.1, 0.2]
+    assert [text.get_text() for text in above.texts] == ["0.1", "0.2", "0.3"]  # the fourth did not finish
+    assert [text.get_text() for text in below.texts] == [f"{bool(run.collapse):d}"] * 3
+
+
+def test_what_the_guard_told_is_counted(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"guard": "rollback"}}))
+    scores = [(0, 0.4, False), (20, 0.7, True), (20, 0.5, False), (40, 0.45, False)]
+    rows = [{"step": s, "heldout/score": x, **({"abandoned": 1} if gone else {})} for s, x, gone in scores]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for rule, action in (("kl", "rollback"), ("zero_variance", "warn"), ("kl_slope", "warn")):
+        append_guard(tmp_path, GuardRecord(20, rule, action, 2.0, 1.0, ""))
+    found = guarded(read_run(tmp_path))
+    assert found == {ALARMS: 2, ROLLBACKS: 1, BELOW_BEST: pytest.approx(0.25)}
 
 
 def test_what_is_finished_is_not_run_again(toy):

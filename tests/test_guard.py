@@ -378,6 +378,31 @@ def test_a_diverging_run_goes_back_with_a_smaller_learning_rate_and_is_stopped_i
     assert defect(out / f"checkpoint-{stopped.step}") is None
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_goes_back_to_its_beginning(diverging):
+    held = {"heldout_benchmark": "shapes", "heldout_prompts": str(heldout_rows(diverging)), "heldout_steps": 2}
+    result, (rollback, stopped), rows = trained(
+        diverging, guard="rollback", guard_max_rollbacks=1, save_steps=100, max_steps=5, guard_lr_factor=0.25, **held
+    )
+    assert (rollback.step, rollback.checkpoint, stopped.action) == (3, "checkpoint-0", "stop")
+    assert stopped.rollbacks == 1 and str(result.stopped_by).endswith("; all 1 rollbacks are used up")
+    gone, kept = split(rows, 1)
+    assert [row["step"] for row in gone] == [1, 2, 3] and [row["step"] for row in kept][:3] == [1, 2, 3]
+    assert {row["learning_rate"] for row in gone} == {0.01} and {row["learning_rate"] for row in kept} == {0.0025}
+    for name in ("reward", "kl", "entropy/policy", "grad_norm", "loss"):
+        assert kept[0][name] == gone[0][name], name  # the weights and random streams of the beginning
+    # Begun anew, the folder is another run's: nothing of the first stays.
+    trained(diverging, guard="rollback", max_steps=1, resume="never")
+    assert read_guard(diverging / "out") == [] and len(logged_steps(diverging)) == 1
+
+
+def heldout_rows(folder):
+    """One prompt of each category."""
+    rows = [json.loads(line) for line in (ROOT / "assets" / "shapes" / "heldout.jsonl").read_text().splitlines()]
+    path = folder / "heldout.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in {row["tag"]: row for row in rows}.values()))
+    return path
+
+
 def test_a_diverging_run_goes_back_with_a_larger_beta(diverging):
     remedy = {"guard_remedy": "beta", "guard_beta_factor": 3, "guard_max_rollbacks": 1, "save_total_limit": 4}
     _, (rollback, *_), rows = trained(diverging, guard="rollback", max_steps=5, **remedy, **RISING)

@@ -291,7 +291,7 @@ def kept(run, folder, known):
 def run(tmp_path):
     """A run tested four times, best at step 10; at step 15 equal, at 20 better with an image that has no score."""
     folder = HeldoutFolder(tmp_path, "same plan")
-    folder.begin(0)
+    folder.begin(None)
     for known in (record(0, 0.2), record(10, 0.5), record(15, 0.5), record(20, 0.9, num_unscored=1)):
         kept(tmp_path, folder, known)
     return tmp_path
@@ -322,7 +322,7 @@ def test_a_resumed_run_knows_its_best_and_forgets_what_it_takes_again(run):
 
 
 def test_a_run_that_starts_over_keeps_nothing(run):
-    folder = begun(run, 0)
+    folder = begun(run, None)
     assert folder.records == [] and folder.best is None and read_records(run) == []
     assert list((run / "heldout").iterdir()) == []
     kept(run, folder, record(0, 0.1))

@@ -139,12 +139,16 @@ class Guard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin anew, or drop what was told of steps that are taken again."""
-        if state.global_step == 0:
+        is_new = not self.trainer.run_folder.is_resumed
+        if is_new:
             self._forget()
         self.stopped_by, self.rollback = None, None
         if state.is_world_process_zero:
             step, rollbacks = state.global_step, self.rollbacks
-            keep_guard(self.run, lambda record: step > 0 and (record.step <= step or record.rollbacks < rollbacks))
+            keep_guard(self.run, lambda record: not is_new and (record.step <= step or record.rollbacks < rollbacks))
+        if is_new and self.args.guard == "rollback":
+            # A run may fall apart before its first checkpoint: the way back to its beginning is always there.
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the rules, act as configured, adapt beta.

@@ -158,6 +158,7 @@ RULES = (
          "images of opposite advantage look the same, so their gradients cancel"),
 )  # fmt: skip
 """All rules. The last three say that little is learned, not that something is lost: they are told alone."""
+PASSIVE_RULES = frozenset(rule.name for rule in RULES if not rule.acts)
 
 
 def check(history: History, thresholds: GuardThresholds) -> list[Alarm]:

@@ -85,7 +85,7 @@ class HeldoutEvaluation(TrainerCallback):
 
         def begin() -> set[int]:
             warn_if_trained_on(self.plan, self.trainer.args.rewards or [])
-            self.folder.begin(state.global_step)
+            self.folder.begin(state.global_step if self.trainer.run_folder.is_resumed else None)
             return {record.step for record in self.folder.records}
 
         self._done = _in_main_process(self.trainer, begin)

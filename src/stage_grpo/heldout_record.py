@@ -124,14 +124,17 @@ class HeldoutFolder:
         self.records: list[HeldoutRecord] = []
         self.best: HeldoutRecord | None = None
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int | None) -> None:
         """Take up what earlier parts of the run left, and remove what is not of this run.
 
         A run that begins at the beginning keeps nothing. One that resumes at a step drops what was measured beyond it,
         as it takes these steps again, and what was measured in another way; its best policy stays the best.
+
+        Args:
+            step: Optimizer steps of the checkpoint that the run goes on from; None for a new run.
         """
-        found = read_records(self.run) if step else []
-        self.records = [record for record in found if record.step <= step and record.plan == self.plan]
+        found = [] if step is None else read_records(self.run)
+        self.records = [record for record in found if record.step <= (step or 0) and record.plan == self.plan]
         if others := {record.step for record in found if record.plan != self.plan}:
             logger.warning("held-out scores of steps %s were measured in another way; dropped", sorted(others))
         if found or (self.run / RECORDS).exists():
@@ -139,7 +142,7 @@ class HeldoutFolder:
         known = {self.step_folder(record.step) for record in self.records}
         for folder in set((self.run / STEPS).glob("step-*")) - known:
             shutil.rmtree(folder)
-        self.best = self._kept_best() if step else None
+        self.best = None if step is None else self._kept_best()
 
     def _kept_best(self) -> HeldoutRecord | None:
         folder, aside = self.run / BEST, self.run / PARTIAL / f"{SET_ASIDE}{BEST}"

@@ -26,7 +26,7 @@ from stage_grpo.checkpoints.errors import shorten
 from stage_grpo.resuming import RUN_STATE, checkpoint_to_resume, fingerprint, report_changes
 from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.run_checkpoints import PARTIAL, publish, rotate, seal
-from stage_grpo.run_folder import write_atomically
+from stage_grpo.run_folder import RunFolder, write_atomically
 from stage_grpo.shards import LocalShards
 
 AVERAGE, REFERENCE = "average", "reference"
@@ -39,6 +39,7 @@ class ResumableTrainer(GRPOTrainer):
     args: Any  # a StageConfig: TRL's own annotations would hide its fields
     model: Any
     reward_sum: RewardSum
+    run_folder: RunFolder
     _saving = False
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -154,6 +155,7 @@ class ResumableTrainer(GRPOTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._step, self._buffered_inputs = 0, None
+        self.run_folder.is_resumed = resume_from_checkpoint is not None
         if resume_from_checkpoint is not None:
             self._restore_rest(Path(resume_from_checkpoint))
         return prepared

@@ -112,10 +112,17 @@ def labelled_grid(samples: StepSamples) -> Image.Image:
 
 
 class RunFolder:
-    """The output folder of a run. Nothing is created before the first write."""
+    """The output folder of a run. Nothing is created before the first write.
+
+    Attributes:
+        path: The folder.
+        is_resumed: Whether the training under way goes on from a checkpoint, be it that of step 0.
+        samples: The last rollout.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.is_resumed = False
         self.samples: StepSamples | None = None
 
     def write_run(self, config: dict[str, Any], seed: int) -> None:
@@ -128,7 +135,7 @@ class RunFolder:
         """Begin ``metrics.jsonl``; when a run resumes at a step, rows beyond it are dropped, abandoned ones stay."""
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "metrics.jsonl"
-        rows = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        rows = path.read_text(encoding="utf-8").splitlines() if self.is_resumed and path.exists() else []
         kept = [row for row in rows if (known := _row(row)) and (known["step"] <= step or ABANDONED in known)]
         write_atomically(path, "".join(f"{row}\n" for row in kept))
 

@@ -49,6 +49,7 @@ class RunRecord:
         versions: Versions of the packages.
         about: The other entries of `run.json`, such as seed and commit.
         metrics: Rows of `metrics.jsonl` in order.
+        abandoned: Those that rollbacks took back, in order; not among the metrics.
         sample_steps: Steps at which images were saved, ascending.
     """
 
@@ -57,6 +58,7 @@ class RunRecord:
     versions: dict[str, str]
     about: dict[str, Any]
     metrics: list[dict[str, Any]]
+    abandoned: list[dict[str, Any]]
     sample_steps: list[int]
 
     @property
@@ -126,12 +128,15 @@ def read_run(run_dir: str | Path) -> RunRecord:
         raise ValueError(f"{path} is not a folder; give the output folder of a training run.")
     run = _read_json(path / "run.json")
     stems = [p.stem.removeprefix("step_") for p in sorted((path / "samples").glob("step_*.json"))]
+    rows = _read_rows(path / "metrics.jsonl")
     return RunRecord(
         path=path,
         config=run.pop("config", None) or {},
         versions=run.pop("versions", None) or {},
         about=run,
-        metrics=_read_rows(path / "metrics.jsonl"),
+        # What a rollback took back is not the run that the last rows belong to.
+        metrics=[row for row in rows if "abandoned" not in row],
+        abandoned=[row for row in rows if "abandoned" in row],
         sample_steps=sorted(int(stem) for stem in stems if stem.isdigit()),
     )
 
@@ -154,8 +159,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        # What a rollback took back is not the run that the last rows belong to.
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "abandoned" not in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 

@@ -76,7 +76,9 @@ def _describe(jobs: Sequence, num_runs: Sequence[int], names: Sequence[str]) -> 
 def _write(results, folder: Path) -> str:
     """Write everything that is told about a grid; gives its table and the page's path."""
     from stage_grpo.ablation.page import to_html
+    from stage_grpo.ablation.picture import to_png
     from stage_grpo.ablation.table import to_markdown
+    from stage_grpo.images.files import write_whole
     from stage_grpo.run_folder import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,4 +86,5 @@ def _write(results, folder: Path) -> str:
     write_atomically(folder / "results.json", json.dumps(results.to_json(), indent=1) + "\n")
     write_atomically(folder / "table.md", table)
     write_atomically(folder / "report.html", to_html(results))
+    write_whole(folder / "picture.png", to_png(results))
     return f"{table}\nreport: {folder / 'report.html'}"

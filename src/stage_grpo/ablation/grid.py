@@ -81,6 +81,7 @@ class Grid:
         axes: Axis to named overrides; every variant runs at every point. In YAML also a key and its list of values.
         controls: Variants that all others are compared with as well, such as plain GRPO at equal strength.
         train_categories: Tags of the training prompts to keep; empty keeps all.
+        pictured: Variants in ``picture.png``; empty: all.
 
     Raises:
         ValueError: A part is missing, empty or of the wrong kind, or a name is unknown.
@@ -99,6 +100,7 @@ class Grid:
     axes: dict[str, dict[str, Overrides]] = field(default_factory=dict)
     controls: tuple[str, ...] = ()
     train_categories: tuple[str, ...] = ()
+    pictured: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked without the training configuration."""
@@ -106,7 +108,7 @@ class Grid:
             raise ValueError(
                 f"variants={self.variants!r:.60} must map at least one name to its overrides, {{}} for none"
             )
-        for name in (self.baseline, *self.controls):
+        for name in (self.baseline, *self.controls, *self.pictured):
             if name not in self.variants:
                 raise ValueError(f"{name!r} is no variant{_nearest(name, self.variants)}")
         if not isinstance(self.settings, dict):
@@ -147,7 +149,7 @@ def load_grid(path: str | Path) -> Grid:
         if not isinstance(test, dict):
             raise ValueError(f"test={test!r:.60} must be a mapping with a benchmark")
         _check_keys(test, HeldoutTest, "test")
-        content |= {name: _list(name, content[name]) for name in ("seeds", "controls") if name in content}
+        content |= {name: _list(name, content[name]) for name in ("seeds", "controls", "pictured") if name in content}
         content["train_categories"] = _list("train_categories", content.get("train_categories", ()))
         content["axes"] = {str(axis): _axis(str(axis), values) for axis, values in content.get("axes", {}).items()}
         return Grid(**{**content, "name": path.stem, "test": HeldoutTest(**test)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from stage_grpo.pages import charts
 from stage_grpo.pages.render import render
 
 MAX_IMAGE_COLUMNS = 8
+COLORS = (*charts.PALETTE, "#17a2b8", "#7a5c3e", "#b8a000", "#333b49")
+"""Ten colours, so that no two variants of a grid share one."""
 _CURVES = {
     "KL from the reference": "kl",
     "Entropy of the policy": "entropy/policy",
@@ -121,23 +124,35 @@ def _maps(results: Results) -> list[dict[str, Any]]:
     """With two axes, a map of every variant: score, KL, and how many runs collapsed."""
     if len(results.grid.axes) != 2:
         return []
-    (first, rows), (second, columns) = ((axis, list(values)) for axis, values in results.grid.axes.items())
     shown = []
     for title, name in ((results.headline, results.headline), ("KL at the end", "kl"), ("collapsed, share", None)):
-        tables = {}
-        for variant in results.grid.variants:
-            table = np.full((len(rows), len(columns)), np.nan)
-            for line in results.lines:
-                if line.cell.variant == variant:
-                    place = rows.index(line.cell.point[first]), columns.index(line.cell.point[second])
-                    table[place] = _map_value(line, name)
-            tables[variant] = table
-        finite = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
-        limits = (0.0, 1.0) if name is None or not finite.size else (float(finite.min()), float(finite.max()))
+        tables, limits = variant_maps(results, name)
+        first, second = results.grid.axes
+        names = list(results.grid.axes[first]), list(results.grid.axes[second])
         for variant, table in tables.items():
-            svg = charts.heat_map(table, (rows, columns), (first, second), limits, salt=f"map {title} {variant}")
+            svg = charts.heat_map(table, names, (first, second), limits, salt=f"map {title} {variant}")
             shown.append({"title": f"{variant}: {title}", "svg": Markup(svg)})
     return shown
+
+
+def variant_maps(results: Results, name: str | None) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+    """Means of a quantity over the two axes of a grid.
+
+    Args:
+        results: Of a grid with two axes.
+        name: The quantity; None for the share of collapsed runs.
+
+    Returns:
+        Variant to its (rows, columns) table, NaN where no run is finished; and the ends of a scale for all of them.
+    """
+    rows, columns = (list(values) for values in results.grid.axes.values())
+    first, second = results.grid.axes
+    tables = {variant: np.full((len(rows), len(columns)), np.nan) for variant in results.grid.variants}
+    for line in results.lines:
+        place = rows.index(line.cell.point[first]), columns.index(line.cell.point[second])
+        tables[line.cell.variant][place] = _map_value(line, name)
+    finite = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
+    return tables, (0.0, 1.0) if name is None or not finite.size else (float(finite.min()), float(finite.max()))
 
 
 def _map_value(line: Line, name: str | None) -> float:
@@ -148,9 +163,7 @@ def _map_value(line: Line, name: str | None) -> float:
 
 
 def _colors(results: Results) -> dict[str, str]:
-    # Ten colours, so that no two variants of a grid share one.
-    more = (*charts.PALETTE, "#17a2b8", "#7a5c3e", "#b8a000", "#333b49")
-    return {variant: more[i % len(more)] for i, variant in enumerate(results.grid.variants)}
+    return dict(zip(results.grid.variants, itertools.cycle(COLORS)))
 
 
 def _legend(colors: dict[str, str]) -> list[dict[str, str]]:

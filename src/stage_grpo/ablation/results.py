@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +21,13 @@ from stage_grpo.ablation.seeds import SeedMean, mean_over_seeds, paired_over_see
 from stage_grpo.benchmarks import GRADED
 from stage_grpo.evaluation.scores import HELDOUT, OVERALL, Scores, compare
 from stage_grpo.evaluation.statistics import Difference
+from stage_grpo.guard_record import read_guard
+from stage_grpo.guard_rules import PASSIVE_RULES
 from stage_grpo.run_record import RunRecord, read_run
 
 TRAINED, OTHER = "trained categories", "other categories"
 MAX_KL, SECONDS = "kl/max", "seconds/step"
+ALARMS, ROLLBACKS, BELOW_BEST = "guard/told", "guard/rollbacks", "heldout/below_best"
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,27 @@ def _logged(record: RunRecord) -> dict[str, float | None]:
     found = {name: end_mean(rows, name) for name in names}
     drift = [row["kl"] for row in rows if row.get("kl") is not None]
     seconds = [row["step_time"] for row in rows if row.get("step_time") is not None]
-    return found | {MAX_KL: max(drift, default=None), SECONDS: _mean(seconds)}
+    return found | {MAX_KL: max(drift, default=None), SECONDS: _mean(seconds)} | guarded(record)
+
+
+def guarded(record: RunRecord) -> dict[str, float | None]:
+    """What the guard of a run told, and what the run lost.
+
+    Args:
+        record: The run.
+
+    Returns:
+        Lines of ``guard.jsonl`` by rules that act; with ``guard: rollback`` how often it went back; with held-out tests
+        how far the last score lies below the best one, of what was taken back too.
+    """
+    told = [known for known in read_guard(record.path) if known.rule not in PASSIVE_RULES]
+    found: dict[str, float | None] = {ALARMS: len(told)}
+    if record.config.get("guard") == "rollback":
+        found[ROLLBACKS] = sum(known.action == "rollback" for known in told)
+    kept = record.series("heldout/score")[1]
+    if kept:
+        found[BELOW_BEST] = max(*kept, *(row.get("heldout/score", -math.inf) for row in record.abandoned)) - kept[-1]
+    return found
 
 
 def _line(grid: Grid, cell: Cell, by_cell: dict[str, list[FinishedRun]]) -> Line:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stage_grpo.ablation.collapse import KL_OVER_ENTROPY
-from stage_grpo.ablation.results import MAX_KL, OTHER, SECONDS, TRAINED, Results, scored
+from stage_grpo.ablation.results import (
+    ALARMS,
+    BELOW_BEST,
+    MAX_KL,
+    OTHER,
+    ROLLBACKS,
+    SECONDS,
+    TRAINED,
+    Results,
+    scored,
+)
 from stage_grpo.ablation.seeds import SeedMean
 
 _COLUMNS = {
@@ -19,6 +29,9 @@ _COLUMNS = {
     "entropy/gap": "entropy gap",
     "unique_images": "unique in training",
     "advantage_weights/mean": "mean M",
+    ALARMS: "alarms",
+    ROLLBACKS: "rollbacks",
+    BELOW_BEST: "below its best",
     SECONDS: "s a step",
 }
 _COMPARED = ("kl", "entropy/gap")

@@ -24,7 +24,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fde", "#e07b39", "#2a9d6f", "#8459c9", 
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#c2456b", GREY)
 SIDES = (GREY, BLUE, ORANGE, GREEN, PURPLE)
 _INK, _RULE = "#333b49", "#e3e7ee"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's own font
     "font.family": "sans-serif",
     "font.size": 9,
@@ -34,6 +34,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _INK,
     "text.color": _INK,
 }
+"""Settings of matplotlib for every chart."""
 
 Number = int | float
 Series = tuple[Sequence[Number], Sequence[Number]]
@@ -50,7 +51,7 @@ def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str]
     Returns:
         An ``<svg>`` element.
     """
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = figure.subplots()
         for color, (name, (steps, values)) in zip(PALETTE * 9, series.items()):
@@ -61,7 +62,7 @@ def line_chart(series: Mapping[str, Series], *, salt: str, dashed: Sequence[str]
                 axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
             style = "--" if name in dashed else "-"
             axes.plot(steps, moving_average(values, window), style, color=color, linewidth=1.7, label=name)
-        _tidy(axes)
+        tidy(axes)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", useOffset=False)
@@ -106,7 +107,7 @@ def interval_chart(
     Returns:
         An ``<svg>`` element.
     """
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(width, 0.33 * len(rows) + 0.8), layout="constrained")
         axes = figure.subplots()
         spread = min(0.14 * (len(sides) - 1), 0.3)
@@ -118,7 +119,7 @@ def interval_chart(
             axes.plot(value, at, "o", color=color, markersize=5, label=name)
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
-        _tidy(axes)
+        tidy(axes)
         axes.grid(axis="x", color=_RULE, linewidth=0.8)
         axes.grid(axis="y", visible=False)
         if zero:
@@ -141,25 +142,29 @@ def band_chart(series: Mapping[str, Sequence[Series]], *, salt: str, colors: Map
     Returns:
         An ``<svg>`` element.
     """
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        axes = figure.subplots()
-        for color, (name, runs) in zip(cycle(PALETTE), series.items()):
-            color = (colors or {}).get(name, color)
-            tables = [dict(zip(*run)) for run in runs if len(run[0])]
-            steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
-            if not steps:
-                continue
-            values = np.array([[table[step] for step in steps] for table in tables], dtype=float)
-            window = max(1, len(steps) // 12)
-            smooth = np.array([moving_average(row.tolist(), window) for row in values])
-            axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=color, alpha=0.18, linewidth=0)
-            axes.plot(steps, smooth.mean(axis=0), color=color, linewidth=1.6, label=name)
-        _tidy(axes)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.ticklabel_format(axis="y", useOffset=False)
+        draw_bands(figure.subplots(), series, colors or {})
         return _svg(figure)
+
+
+def draw_bands(axes: Axes, series: Mapping[str, Sequence[Series]], colors: Mapping[str, str]) -> None:
+    """Draw what `band_chart` shows."""
+    for color, (name, runs) in zip(cycle(PALETTE), series.items()):
+        color = colors.get(name, color)
+        tables = [dict(zip(*run)) for run in runs if len(run[0])]
+        steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+        if not steps:
+            continue
+        values = np.array([[table[step] for step in steps] for table in tables], dtype=float)
+        window = max(1, len(steps) // 12)
+        smooth = np.array([moving_average(row.tolist(), window) for row in values])
+        axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=color, alpha=0.18, linewidth=0)
+        axes.plot(steps, smooth.mean(axis=0), color=color, linewidth=1.6, label=name)
+    tidy(axes)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def heat_map(
@@ -182,24 +187,35 @@ def heat_map(
     Returns:
         An ``<svg>`` element.
     """
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
         rows, columns = names
         figure = Figure(figsize=(1.3 + 0.8 * len(columns), 0.9 + 0.45 * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        low, high = limits
-        span = (low, high) if high > low else (low - 0.5, low + 0.5)
-        axes.imshow(values, cmap="YlGnBu", vmin=span[0], vmax=span[1], aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                dark = (value - span[0]) / (span[1] - span[0]) > 0.6
-                axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white" if dark else _INK)
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_xlabel(titles[1])
-        axes.set_ylabel(titles[0])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        draw_map(figure.subplots(), values, names, titles, limits)
         return _svg(figure)
+
+
+def draw_map(
+    axes: Axes,
+    values: Float[np.ndarray, "R C"],
+    names: tuple[Sequence[str], Sequence[str]],
+    titles: tuple[str, str],
+    limits: tuple[float, float],
+) -> None:
+    """Draw what `heat_map` shows."""
+    rows, columns = names
+    low, high = limits
+    span = (low, high) if high > low else (low - 0.5, low + 0.5)
+    axes.imshow(values, cmap="YlGnBu", vmin=span[0], vmax=span[1], aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = (value - span[0]) / (span[1] - span[0]) > 0.6
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white" if dark else _INK)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(titles[1])
+    axes.set_ylabel(titles[0])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def moving_average(values: Sequence[Number], window: int) -> Float[np.ndarray, " N"]:
@@ -260,7 +276,8 @@ def weight_overlay(
     return Image.blend(large, layer, 0.6)
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Leave of the frame what helps to read."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=_RULE, linewidth=0.8)
     axes.set_axisbelow(True)
