@@ -10,7 +10,7 @@ import gc
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from datasets import Dataset
 from PIL import Image
 from reward_bound import wait
 from rollout import TINY, build_policy, memory
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from stage_grpo import trl_seams
 from stage_grpo.config import StageConfig
@@ -114,7 +115,7 @@ def fixed_reward(images: list[Image.Image], prompts: list[str], metadata: list[d
 
 
 def build_trainer(checkpoint: Path, out: Path, num_prompts: int, group: int, **changes: Any) -> StageTrainer:
-    """A trainer of the released method as it is when training begins: checkpointing on, optimizer made, in one batch.
+    """A trainer of the released method as it is when training begins: checkpointing on, optimizer made.
 
     The learning rate is 0: the optimizer does all its work, and every step meets the same weights.
     """
@@ -141,7 +142,7 @@ def build_trainer(checkpoint: Path, out: Path, num_prompts: int, group: int, **c
         trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
     trainer.create_optimizer()
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     return trainer
 
 
@@ -198,15 +199,19 @@ def give_codes(trainer: StageTrainer, codes: torch.Tensor) -> None:
     trainer.rollout_func = recall
 
 
-def update(trainer: StageTrainer, meter: Meter, loss: Callable[[], torch.Tensor]) -> float:
-    """Forward, backward, clipping and AdamW, with the loss of either side. The gradients stay."""
+def update(trainer: StageTrainer, meter: Meter, batch: dict[str, Any]) -> float:
+    """Forward and backward of each micro-batch, clipping and AdamW. The gradients stay."""
     trainer.optimizer.zero_grad()
-    with meter.timed("policy forward"):
-        value = loss()
-    with meter.timed("backward"):
-        value.backward()
+    total = 0.0
+    # As TRL cuts a rollout.
+    for part in split_tensor_dict(shuffle_sequence_dict(batch), trainer.args.steps_per_generation):
+        with meter.timed("policy forward"):
+            loss = trainer._compute_loss(trainer.model, part)
+        with meter.timed("backward"):
+            loss.backward()
+        total += loss.item()
     optimize(trainer, meter)
-    return value.item()
+    return total
 
 
 def optimize(trainer: StageTrainer, meter: Meter) -> None:
@@ -227,7 +232,7 @@ def stage_step(trainer: StageTrainer, meter: Meter) -> tuple[float, torch.Tensor
     trainer._token_weights = weigh_timed
     wall, cpu = time.perf_counter(), time.process_time()
     batch = trainer._generate_and_score_completions(rows_of(trainer))
-    loss = update(trainer, meter, lambda: trainer._compute_loss(trainer.model, batch))
+    loss = update(trainer, meter, batch)
     meter.wall["step"] = time.perf_counter() - wall
     meter.cpu["step"] = time.process_time() - cpu
     return loss, batch["completion_ids"]

@@ -3,12 +3,14 @@
     python benchmarks/step.py --size tiny
     python benchmarks/step.py --size mid --repeats 5 --threads 2 --out outputs/step_mid.json
     python benchmarks/step.py --size mid --tile 256         # the fused head in smaller tiles
+    python benchmarks/step.py --size mid --micro-batch 1 --no-checkpointing-ours    # our side in smaller passes
 
-Both sides have the same weights, images, rewards, batch and optimizer, with gradient checkpointing; the run ends with
-an error unless their losses agree to 1e-4 in every repeat, and their gradients to 1e-4 of their length. `tiny` is the
-shipped model, `mid` the one of rollout.py. In each repeat the two run one after the other in this process; seconds are
-medians, ratios medians of the ratios of a repeat, theirs over ours. Processor seconds stand beside wall seconds, as
-other work on the machine moves them less.
+Both sides have the same weights, images, rewards, batch and optimizer, with gradient checkpointing unless told
+otherwise; theirs takes the batch in one pass, ours in micro-batches where asked. The run ends with an error unless
+losses agree to 1e-4 in every repeat, and gradients to 1e-4 of their length. `tiny` is the shipped model, `mid` the
+one of rollout.py. In each repeat the two run one after the other in this process; seconds are medians, ratios medians
+of the ratios of a repeat, theirs over ours. Processor seconds stand beside wall seconds, as other work on the machine
+moves them less.
 
 "scoring + update" is the whole step but for rollout, decoding and reward. "products" are seconds of its bare matrix
 products, run once more with nothing between them: an implementation that does ours cannot beat theirs by more than
@@ -26,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ from stage_step import (
     stage_step,
     write_checkpoint,
 )
+from step_tables import SIDES, as_table, plot
 
 from stage_grpo import trl_seams
 from stage_grpo.planning.setting import Setting
@@ -52,7 +56,6 @@ from stage_grpo.planning.sizes import measure
 from stage_grpo.planning.work import work
 from stage_grpo.trainer import StageTrainer
 
-SIDES = ("ours", "field")
 PHASES = (
     "rollout", "decode", "reward", "reference", "token ranks", "token weights", "policy forward", "backward",
     "optimizer",
@@ -64,22 +67,36 @@ DIRECT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "104857
 """Makes glibc give back what is freed, so that the process's memory is what is in use."""
 
 
-def step_of(side: str, trainer: StageTrainer, codes: torch.Tensor, meter: Meter, with_rollout: bool) -> float:
-    if side == "ours":
-        return stage_step(trainer, meter)[0]
-    return field_step(trainer, codes, meter, with_rollout)
+@dataclass(frozen=True)
+class Sides:
+    """A trainer, made as ours, that takes steps of both sides in turn; checkpointing is theirs in theirs."""
+
+    trainer: StageTrainer
+    with_rollout: bool
+    field_checkpointing: bool
+
+    def field(self, codes: torch.Tensor, meter: Meter, with_rollout: bool | None = None) -> float:
+        self.checkpoint(self.field_checkpointing)
+        loss = field_step(self.trainer, codes, meter, self.with_rollout if with_rollout is None else with_rollout)
+        self.checkpoint(self.trainer.args.gradient_checkpointing)
+        return loss
+
+    def checkpoint(self, wanted: bool) -> None:
+        model, options = self.trainer.model, self.trainer.args.gradient_checkpointing_kwargs
+        if wanted != model.is_gradient_checkpointing:
+            model.gradient_checkpointing_enable(options) if wanted else model.gradient_checkpointing_disable()
 
 
-def check_agreement(trainer: StageTrainer, with_rollout: bool) -> tuple[torch.Tensor, dict[str, float]]:
+def check_agreement(sides: Sides) -> tuple[torch.Tensor, dict[str, float]]:
     """One step of each, which also warms up; gives the images of ours.
 
     Raises:
         ValueError: The two do not compute the same.
     """
-    loss, codes = stage_step(trainer, Meter())
-    own = gradients(trainer)
-    their_loss = field_step(trainer, codes, Meter(), with_rollout)
-    gap = ((gradients(trainer) - own).norm() / own.norm()).item()
+    loss, codes = stage_step(sides.trainer, Meter())
+    own = gradients(sides.trainer)
+    their_loss = sides.field(codes, Meter())
+    gap = ((gradients(sides.trainer) - own).norm() / own.norm()).item()
     check_loss(loss, their_loss)
     if not gap <= GRADIENT_TOLERANCE:
         raise ValueError(f"gradients differ by {gap:.2e} of their length, more than {GRADIENT_TOLERANCE}: unfair")
@@ -91,11 +108,11 @@ def check_loss(ours: float, theirs: float) -> None:
         raise ValueError(f"losses are {ours} and {theirs}, not within {LOSS_TOLERANCE}: the comparison is unfair")
 
 
-def run_pair(trainer: StageTrainer, codes: torch.Tensor, with_rollout: bool) -> dict[str, Meter]:
+def run_pair(sides: Sides) -> dict[str, Meter]:
     """Both sides once, on the images that ours just made."""
     meters = {side: Meter() for side in SIDES}
-    loss, codes = stage_step(trainer, meters["ours"])
-    check_loss(loss, field_step(trainer, codes, meters["field"], with_rollout))
+    loss, codes = stage_step(sides.trainer, meters["ours"])
+    check_loss(loss, sides.field(codes, meters["field"]))
     for meter in meters.values():
         for seconds in (meter.wall, meter.cpu):
             seconds["scoring + update"] = seconds["step"] - sum(seconds[name] for name in OUTSIDE)
@@ -103,13 +120,15 @@ def run_pair(trainer: StageTrainer, codes: torch.Tensor, with_rollout: bool) -> 
     return meters
 
 
-def products_seconds(trainer: StageTrainer, codes: torch.Tensor) -> dict[str, float]:
+def products_seconds(sides: Sides, codes: torch.Tensor) -> dict[str, float]:
     """Of scoring + update of either side."""
+    trainer = sides.trainer
+    steps = {"ours": lambda: stage_step(trainer, Meter()), "field": lambda: sides.field(codes, Meter(), False)}
     reward_bound.TRIES = 3  # they take as long as a step each time
     seconds = {}
     for side in SIDES:
         with reward_bound.Products() as products:
-            step_of(side, trainer, codes, Meter(), with_rollout=False)
+            steps[side]()
         seconds[side] = products.seconds()
     return seconds
 
@@ -122,16 +141,17 @@ def flops(trainer: StageTrainer) -> dict[str, int]:
     return {"rollout": counted.rollout_flops, "scoring + update": counted.reference_flops + counted.update_flops}
 
 
-def time_sides(trainer: StageTrainer, repeats: int, with_rollout: bool) -> dict[str, Any]:
-    if not with_rollout:
+def time_sides(sides: Sides, repeats: int) -> dict[str, Any]:
+    trainer = sides.trainer
+    if not sides.with_rollout:
         give_codes(trainer, random_codes(trainer))
-    codes, agreement = check_agreement(trainer, with_rollout)
-    runs = [run_pair(trainer, codes, with_rollout) for _ in range(repeats)]
+    codes, agreement = check_agreement(sides)
+    runs = [run_pair(sides) for _ in range(repeats)]
     give_codes(trainer, codes)
     found: dict[str, Any] = {
         "phases": [summary(name, runs) for name in (*PHASES, "other", "scoring + update", "step")]
     }
-    found |= agreement | {"flops": flops(trainer), "products_seconds": products_seconds(trainer, codes)}
+    found |= agreement | {"flops": flops(trainer), "products_seconds": products_seconds(sides, codes)}
     total = {row["phase"]: row for row in found["phases"]}
     own, all_own = total["scoring + update"], total["step"]["seconds_ours"]
     return found | {
@@ -167,17 +187,22 @@ def measure_memory(trainer: StageTrainer, side: str) -> dict[str, Any]:
     forget_peak()
     before = memory("VmRSS")
     meter = Meter(with_memory=True)
-    step_of(side, trainer, codes, meter, with_rollout=False)
+    if side == "ours":
+        stage_step(trainer, meter)
+    else:
+        field_step(trainer, codes, meter, with_rollout=False)
     meter.mark("between phases")
     return {"before": before, "peaks": {name: peak - before for name, peak in meter.peaks.items()}}
 
 
 def memory_of_sides(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
     """Each in a fresh process."""
-    words = [str(checkpoint), str(args.group), str(args.tile or 0), str(args.threads), str(int(args.checkpointing))]
+    words = [str(checkpoint), str(args.group), str(args.tile or 0), str(args.threads)]
+    own = {"ours": [str(int(args.checkpointing_ours)), *([args.micro_batch] if args.micro_batch else [])]}
     found = {}
     for side in SIDES:
-        command = [sys.executable, __file__, "--memory-of", side, *words]
+        own_words = own.get(side, [str(int(args.checkpointing))])
+        command = [sys.executable, __file__, "--memory-of", side, *words, *own_words]
         done = subprocess.run(command, env={**os.environ, **DIRECT}, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"measuring the memory of {side} failed: {done.stderr[-2000:]}")
@@ -186,14 +211,15 @@ def memory_of_sides(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any
     return found
 
 
-def main_memory(side: str, checkpoint: str, group: str, tile: str, threads: str, checkpointing: str) -> None:
+def main_memory(
+    side: str, checkpoint: str, group: str, tile: str, threads: str, checkpointing: str, micro_batch: str | None = None
+) -> None:
     """What the fresh process does."""
     torch.set_num_threads(int(threads))
     set_tile(int(tile))
     with tempfile.TemporaryDirectory() as out:
-        trainer = build_trainer(
-            Path(checkpoint), Path(out), 1, int(group), gradient_checkpointing=checkpointing == "1"
-        )
+        changes = {"gradient_checkpointing": checkpointing == "1", "micro_batch_size": micro_batch}
+        trainer = build_trainer(Path(checkpoint), Path(out), 1, int(group), **changes)
         print(json.dumps(measure_memory(trainer, side)))
 
 
@@ -201,46 +227,6 @@ def set_tile(tokens: int | None) -> None:
     """How many tokens the fused head takes at a time on a CPU, instead of the project's choice; TRL's own is 4,096."""
     if tokens:
         trl_seams.CPU_TOKENS_A_TILE = tokens
-
-
-def as_table(result: dict[str, Any]) -> str:
-    lines = [f"{'phase':18}{'ours, s':>10}{'field, s':>10}{'ratio':>8}{'cpu ratio':>11}{'share of ours':>15}"]
-    step = result["phases"][-1]["seconds_ours"]
-    for row in result["phases"]:
-        ratios = [f"{row[key]:.2f}" if row[key] else "-" for key in ("ratio", "cpu_ratio")]
-        share = f"{100 * row['seconds_ours'] / step:.2f} %"
-        cells = f"{row['seconds_ours']:10.3f}{row['seconds_field']:10.3f}{ratios[0]:>8}{ratios[1]:>11}{share:>15}"
-        lines.append(f"{row['phase']:18}{cells}")
-    products = result["products_seconds"]
-    lines.append(f"{'bare products':18}{products['ours']:10.3f}{products['field']:10.3f}   (of scoring + update)")
-    rate = result["flops"]["scoring + update"] / products["ours"] / 1e9
-    lines.append(
-        f"scoring + update: {result['ratio_scoring_update']:.2f} x, at most {result['bound_scoring_update']:.2f} x by "
-        f"the products, at {rate:.0f} GFLOP/s; token weights {100 * result['token_weights_share']:.2f} % of our step"
-    )
-    lines.append(f"{'peak memory, MB':18}{'ours':>10}{'field':>10}   (above weights and optimizer state)")
-    ours, field = (result["memory"][side] for side in SIDES)
-    for phase in sorted(ours["peaks"].keys() | field["peaks"].keys()):
-        lines.append(f"{phase:18}{ours['peaks'].get(phase, 0) / 1e6:10.0f}{field['peaks'].get(phase, 0) / 1e6:10.0f}")
-    lines.append(f"{'worst':18}{ours['peak'] / 1e6:10.0f}{field['peak'] / 1e6:10.0f}{result['memory_ratio']:8.2f}")
-    return "\n".join(lines)
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    starts = dict.fromkeys(SIDES, 0.0)
-    for row in result["phases"][: len(PHASES) + 1]:
-        seconds = [max(0.0, row[f"seconds_{side}"]) for side in SIDES]
-        axes.barh(SIDES, seconds, left=list(starts.values()), label=row["phase"])
-        starts = {side: start + more for (side, start), more in zip(starts.items(), seconds)}
-    axes.set(xlabel="seconds a step")
-    axes.invert_yaxis()
-    figure.legend(loc="outside right center", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -252,12 +238,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rollout", action=argparse.BooleanOptionalAction, default=True, help="else: random codes")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--checkpointing-ours", action=argparse.BooleanOptionalAction, help="where ours differs")
+    parser.add_argument("--micro-batch", help="images in one pass of our update, or auto; else the whole batch")
     parser.add_argument(
         "--tile", type=int, help="tokens that the fused head takes at a time, instead of the project's number"
     )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG file")
     args = parser.parse_args(words)
+    if args.checkpointing_ours is None:
+        args.checkpointing_ours = args.checkpointing
     torch.set_num_threads(args.threads)
     set_tile(args.tile)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "plot")}
@@ -266,15 +256,19 @@ def main(words: list[str] | None = None) -> None:
         folder = Path(name)
         checkpoint = write_checkpoint(args.size, args.side, folder / "checkpoint")
         build = partial(build_trainer, checkpoint, folder / "run", 1, args.group)
-        trainer = build(gradient_checkpointing=args.checkpointing)
+        trainer = build(gradient_checkpointing=args.checkpointing_ours, micro_batch_size=args.micro_batch)
         about["tokens_per_image"] = trainer.model.num_image_tokens
-        result = settings | about | time_sides(trainer, args.repeats, args.rollout)
-        del trainer
+        about["images_in_our_pass"] = trainer.args.per_device_train_batch_size
+        sides = Sides(trainer, args.rollout, args.checkpointing)
+        result = settings | about | time_sides(sides, args.repeats)
+        del trainer, sides
         result["memory"] = memory_of_sides(args, checkpoint)
         clear(checkpoint)
     result["memory_ratio"] = result["memory"]["field"]["peak"] / result["memory"]["ours"]["peak"]
     tokens, load = about["tokens_per_image"], ", ".join(f"{one:.1f}" for one in about["load"])
     print(f"{args.size}, {args.group} images of {tokens} tokens, {args.threads} threads, load {load}")
+    ours, field = ("recomputed" if flag else "kept" for flag in (args.checkpointing_ours, args.checkpointing))
+    print(f"ours: {about['images_in_our_pass']} images in a pass, activations {ours}; field: {args.group}, {field}")
     print(as_table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ computes and draws as ever, but wherever it has drawn a code it goes on with the
 ``fixtures/golden_trajectory.npz`` was made by commit 8e22757, the last before rollout and scoring were made fast. This
 file runs with the code of either time; it needs the same model and prompts, whose checksums are kept::
 
-    git worktree add /tmp/before 8e22757
-    PYTHONPATH=/tmp/before/src OMP_NUM_THREADS=1 python tests/golden_trajectory.py tests/fixtures/golden_trajectory.npz
+    git worktree add ../before 8e22757
+    PYTHONPATH=../before/src OMP_NUM_THREADS=1 python tests/golden_trajectory.py tests/fixtures/golden_trajectory.npz
 
 Arrays: ``commit``; ``inputs`` (2,), SHA-256 of model and prompts; ``codes`` (steps, B, T); ``metrics`` (steps, M)
 called ``metric_names``; ``weights`` (W, 3) called ``weight_names``: for each parameter the norm of its change over all

@@ -20,11 +20,12 @@ LAYERS = [
     ["checkpoints", "download", "prompt_sets", "run_checkpoints"],
     ["policy", "shards", "averaging"],
     ["sampling", "rollout", "generation", "merge"],
-    ["guard_signals", "guard_rules", "guard_options"],
+    ["guard_signals", "guard_rules", "guard_options", "micro_batches"],
     ["config", "heldout_plan", "heldout_record", "preflight", "graceful_stop", "resuming", "resumable"],
     ["guard_record", "guard", "guarded"],
-    ["gathering", "trl_seams", "trainer", "heldout", "training", "demo"],
-    ["planning", "launch", "supervise"],
+    ["planning"],
+    ["gathering", "trl_seams", "micro_batched", "trainer", "heldout", "training", "demo"],
+    ["launch", "supervise"],
     ["cli"],
 ]
 """Each line may import the lines above it and its own."""

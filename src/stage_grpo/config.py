@@ -17,7 +17,7 @@ import torch
 import yaml
 from trl import GRPOConfig, TrlParser
 
-from stage_grpo import guard_options, heldout_plan
+from stage_grpo import guard_options, heldout_plan, micro_batches
 from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.presets import CHOICES, NOT_NEGATIVE, PRESETS, UNSUPPORTED
 from stage_grpo.sampling import Sampling
@@ -72,11 +72,13 @@ class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOCo
     reward_aggregation: str = _option(
         "weighted_sum", "weighted_sum, normalize_then_sum (in the group), or running: by each one's usual spread."
     )
+    overlap_rewards: bool | None = _option(None, "Rewards beside the reference's forward; None: yes on a GPU.")
 
     # Sampling
     guidance_scale: float = _option(5.0, "Classifier-free guidance while sampling; 1 is none.")
     guidance_in_scoring: bool = _option(False, "Score the guided distribution, the one that is sampled.")
     share_prompts: bool = _option(True, "Score a group with its prompt run once, where weights are whole.")
+    micro_batch_size: int | str | None = _option(None, "Images in one pass of an update, or auto; None: the batch.")
     rollout_memory_gb: float | None = _option(None, "Memory of one chunk of a rollout, GB; None: from free memory.")
 
     # Method
@@ -140,6 +142,7 @@ class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOCo
         self._check_reference()
         heldout_plan.check_values(self)
         guard_options.check_values(self)
+        micro_batches.check_values(self)
         weighting.check_values(self)
 
     @property

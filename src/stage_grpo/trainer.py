@@ -26,9 +26,11 @@ from stage_grpo.config import StageConfig
 from stage_grpo.entropy import entropy_loss, entropy_reward
 from stage_grpo.gathering import ShardedTrainer, image_policy
 from stage_grpo.guarded import GuardedTrainer
+from stage_grpo.micro_batched import MicroBatchedTrainer
 from stage_grpo.policy.loading import load_tokenizer
-from stage_grpo.rewards.base import Reward, RewardFunction, as_trl_reward
+from stage_grpo.rewards.base import Reward, RewardFunction
 from stage_grpo.rewards.combination import RewardSum
+from stage_grpo.rewards.side_by_side import RewardThreads
 from stage_grpo.run_folder import RunFolder, RunFolderCallback, StepProgress, StepSamples, peak_memory_mb
 from stage_grpo.token_weights import token_weights, unique_share
 from stage_grpo.weighting.options import chosen_weighting
@@ -37,7 +39,7 @@ from stage_grpo.weighting.options import chosen_weighting
 warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
 
 
-class StageTrainer(ShardedTrainer, GuardedTrainer):
+class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
     """GRPO for autoregressive image models, with STAGE's entropy reward and token weights.
 
     Args:
@@ -73,7 +75,9 @@ class StageTrainer(ShardedTrainer, GuardedTrainer):
         policy = image_policy(model)
         trl_seams.check_policy(policy, args)
         rewards = list(rewards) if isinstance(rewards, Sequence) else [rewards]
-        functions: list[Any] = [as_trl_reward(reward) for reward in rewards]
+        ahead = args.device.type != "cpu" if args.overlap_rewards is None else args.overlap_rewards
+        self.reward_threads = RewardThreads(rewards, ahead)
+        functions: list[Any] = [*self.reward_threads.functions]
         complete = trl_seams.complete_args(args, policy, len(functions))
         if args.entropy_reward_weight:
             functions.append(trl_seams.entropy_placeholder)
@@ -159,6 +163,8 @@ class StageTrainer(ShardedTrainer, GuardedTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         with self.timed("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.reward_threads.ahead:
+            self._log("seconds/reward_work", torch.tensor(self.reward_threads.work_seconds))
         self._log("reward_failures", rewards.isnan().any(dim=1).sum())
         rewards[:, self._own], self.reward_weights[self._own] = self.reward_sum.take_in(
             rewards[:, self._own], self._group_size, self.model.training
@@ -190,7 +196,8 @@ class StageTrainer(ShardedTrainer, GuardedTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         start = time.perf_counter()
-        output = super()._generate_and_score_completions(inputs)
+        with self.reward_threads.batch(inputs):
+            output = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
         if self.args.entropy_loss_weight and scored is not None:
             output["ref_entropy"] = scored[1].mean(dim=1)

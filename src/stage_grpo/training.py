@@ -17,6 +17,7 @@ from stage_grpo.graceful_stop import GracefulStop
 from stage_grpo.guarded import go_back
 from stage_grpo.heldout import HeldoutEvaluation
 from stage_grpo.heldout_plan import HeldoutPlan, check_heldout, plan_heldout
+from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.policy.adapters import check_no_adapter
 from stage_grpo.preflight import build_rewards, check_files
@@ -24,9 +25,6 @@ from stage_grpo.rewards.base import Reward
 from stage_grpo.run_checkpoints import PARTIAL
 from stage_grpo.trainer import StageTrainer
 from stage_grpo.types import PromptRow
-
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Linear layers of the language model alone: the vision tower has layers of the same names."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
         trainer.train(resume_from_checkpoint={"auto": True, "never": None}.get(config.resume, config.resume))
         while trainer.guard.rollback is not None:
             checkpoint = go_back(trainer)
+            # Chosen once: DeepSpeed's configuration holds it for as long as the process lives.
+            config.micro_batch_size = trainer.args.micro_batch_size
             # Two policies with their optimizers need not fit: the first goes before the second comes.
             stop.stopped_at = policy = trainer = None
             clear_device_cache(garbage_collection=True)

@@ -66,6 +66,8 @@ def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
         return sampled, images, policy.code_vectors(sampled.codes)
 
     sampled, images, vectors = with_whole_weights(trainer, draw)
+    # Not before the gathered weights are let go: rewards need memory of their own.
+    trainer.reward_threads.start(images, prompts)
     entropies = sampled.guided_entropies if guided else sampled.entropies
     return {
         "prompt_ids": prompt_ids,

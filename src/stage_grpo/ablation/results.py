@@ -196,8 +196,8 @@ def guarded(record: RunRecord) -> dict[str, float | None]:
         record: The run.
 
     Returns:
-        Lines of ``guard.jsonl`` by rules that act; with ``guard: rollback`` how often it went back; with held-out tests
-        how far the last score lies below the best one, of what was taken back too.
+        Lines of ``guard.jsonl`` by rules that act; with ``guard: rollback`` how often it went back; with held-out
+        tests how far the last score lies below the best one, of what was taken back too.
     """
     told = [known for known in read_guard(record.path) if known.rule not in PASSIVE_RULES]
     found: dict[str, float | None] = {ALARMS: len(told)}

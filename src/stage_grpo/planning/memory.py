@@ -70,6 +70,19 @@ def peak(parts: list[Component]) -> tuple[int, str]:
     return always + sums[largest], largest
 
 
+def training_bytes(run: Setting, is_loaded: bool = False) -> int:
+    """Bytes that training adds to one GPU: weights and what belongs to them, and the most that a pass or step takes.
+
+    Rewards are left out, and the rollout, which takes a share of whatever is free.
+
+    Args:
+        run: The run.
+        is_loaded: Whether the policy's weights are there already.
+    """
+    kept = [part for part in (*_states(run), *_reference(run)) if not (is_loaded and part.name == "policy weights")]
+    return peak([*kept, *_scoring(run), *_update(run), *_optimizer_step(run)])[0]
+
+
 def host_bytes(run: Setting) -> int:
     """Bytes that all processes of a run together keep in the memory of their machines."""
     averages = 4 * run.trainable if run.config.ema_decay is not None else 0
@@ -117,10 +130,18 @@ def _reference(run: Setting) -> list[Component]:
     return [Component("reference policy", count * run.frozen_bytes, ALWAYS, f"{count:,} x {run.frozen_bytes}")]
 
 
+def reward_bytes(run: Setting) -> int:
+    """Bytes of the reward models that are known by name, on each GPU."""
+    return 4 * sum(_known_rewards(run).values())
+
+
+def _known_rewards(run: Setting) -> dict[str, int]:
+    return {name: REWARD_PARAMETERS[name] for name in run.config.rewards or [] if name in REWARD_PARAMETERS}
+
+
 def _rewards(run: Setting) -> list[Component]:
-    known = {name: REWARD_PARAMETERS[name] for name in run.config.rewards or [] if name in REWARD_PARAMETERS}
-    how = " + ".join(f"{name} {count / 1e6:,.0f} M" for name, count in known.items()) + ", x 4"
-    return [Component("reward models", 4 * sum(known.values()), ALWAYS, how)]
+    how = " + ".join(f"{name} {count / 1e6:,.0f} M" for name, count in _known_rewards(run).items()) + ", x 4"
+    return [Component("reward models", reward_bytes(run), ALWAYS, how)]
 
 
 def _whole_copy(run: Setting, phase: str) -> Component:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from stage_grpo.config import StageConfig
-from stage_grpo.planning.memory import ALWAYS, PHASES, Component, components, host_bytes, peak
+from stage_grpo.micro_batches import AUTO, divisors
+from stage_grpo.planning.memory import ALWAYS, PHASES, RESERVE, Component, components, host_bytes, peak, reward_bytes
+from stage_grpo.planning.micro_batch import in_passes_of, largest_that_fits
 from stage_grpo.planning.setting import PARALLEL, Setting
 from stage_grpo.planning.sizes import PolicySizes, policy_sizes
 from stage_grpo.planning.work import Work, work
@@ -77,7 +79,17 @@ def make_plan(
     # Where there is no GPU, the configuration resolves to what fits a CPU: there the plan is for another machine.
     mixed = bool(config.bf16 or config.fp16 or not torch.cuda.is_available())
     sizes = policy_sizes(config.model, config.dtype)
-    return _planned(Setting(config, sizes, num_gpus, parallel, gpu_memory * 1e9, num_prompt_tokens, mixed))
+    run = Setting(config, sizes, num_gpus, parallel, gpu_memory * 1e9, num_prompt_tokens, mixed)
+    return _planned(_in_micro_batches(run))
+
+
+def _in_micro_batches(run: Setting) -> Setting:
+    size = run.config.micro_batch_size
+    if size is None:
+        return run
+    if size == AUTO:
+        size = largest_that_fits(run, run.gpu_bytes - RESERVE - reward_bytes(run)) or 1
+    return in_passes_of(run, int(size))
 
 
 def default_gpus(config: StageConfig) -> int:
@@ -107,20 +119,8 @@ def _changes(run: Setting) -> Iterator[tuple[str, Setting]]:
             yield f"--parallel {parallel}", dataclasses.replace(run, parallel=parallel)
     if not config.gradient_checkpointing:
         yield "--gradient_checkpointing true", _with(run, gradient_checkpointing=True)
-    batch = config.per_device_train_batch_size
-    if batch % 2 == 0:
-        accumulation = 2 * config.gradient_accumulation_steps
-        name = f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {accumulation}"
-        steps = 2 * int(config.steps_per_generation or 1)
-        yield (
-            name,
-            _with(
-                run,
-                per_device_train_batch_size=batch // 2,
-                gradient_accumulation_steps=accumulation,
-                steps_per_generation=steps,
-            ),
-        )
+    for size in divisors(config.per_device_train_batch_size)[-2:-1]:
+        yield f"--micro_batch_size {size}", in_passes_of(run, size)
     if config.dtype == "float32" and (config.use_peft or run.parallel in ("zero3", "zero2", "fsdp2")):
         sizes: PolicySizes = policy_sizes(str(config.model), "bfloat16")
         yield "--dtype bfloat16", dataclasses.replace(_with(run, dtype="bfloat16"), sizes=sizes)
@@ -170,6 +170,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"{config.model}, {run.num_gpus} x {_gb(run.gpu_bytes)}, {spread}",
         f"{run.sizes.total:,} parameters, {run.trainable:,} trained, in {config.dtype} ({run.sizes.source})",
+        *_passes(run),
         "",
         f"{'memory of each GPU':<36}{'GB':>8}  when",
     ]
@@ -191,6 +192,14 @@ def describe_short(plan: Plan) -> list[str]:
         f"up to {_gb(plan.work.disk_bytes)} in {run.config.output_dir}",
         *(f"warning: {warning}" for warning in warnings(plan)),
     ]
+
+
+def _passes(run: Setting) -> list[str]:
+    config = run.config
+    if config.micro_batch_size is None:
+        return []
+    images = f"{config.gradient_accumulation_steps} x {config.micro_batch_size} images on each GPU"
+    return [f"micro_batch_size {config.micro_batch_size}: a step takes {images}"]
 
 
 def _host(run: Setting) -> list[str]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from stage_grpo.config import StageConfig
 from stage_grpo.planning.sizes import PolicySizes
-from stage_grpo.training import LORA_TARGETS
 
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Linear layers of the language model alone: the vision tower has layers of the same names."""
 PARALLEL = ("zero3", "zero2", "ddp", "fsdp2", "zero3_offload")
 """Ways to spread a run over processes, named like the files of ``configs/accelerate``."""
 

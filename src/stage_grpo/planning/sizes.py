@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from transformers import AutoConfig
+from transformers.integrations import deepspeed
 
 from stage_grpo.checkpoints.configs import ORIGINAL, format_of, to_transformers_config
 from stage_grpo.checkpoints.errors import read_json
@@ -137,6 +139,13 @@ def policy_sizes(model: str | Path, dtype: str = "bfloat16") -> PolicySizes:
     with torch.device("meta"):
         policy = policy_class(config).to(getattr(torch, dtype))
     return measure(policy, source)
+
+
+def sizes_of(policy: Any) -> PolicySizes:
+    """Measure a loaded policy on the meta device, where no weight is sharded."""
+    # Under ZeRO-3 transformers would shard the sub-models that it builds, which have no data.
+    with mock.patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None), torch.device("meta"):
+        return measure(type(policy)(policy.config).to(policy.dtype))
 
 
 def measure(policy: ImagePolicy, source: str = "a policy in memory") -> PolicySizes:

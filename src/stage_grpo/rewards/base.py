@@ -7,10 +7,9 @@ A reward looks at a batch of finished images and says how good each is. It is a 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from stage_grpo.rewards.cells import as_cell, as_metadata
 from stage_grpo.rewards.failures import FailureWatch, failures, most_common
 from stage_grpo.types import Metadata
 from stage_grpo.weights import WEIGHTS
@@ -29,6 +29,8 @@ RewardFunction = Callable[..., Any]
 """``f(images, prompts, metadata) -> one number per image``."""
 TrlReward = Callable[..., Any]
 """What TRL calls: returns one number or None a sample, or a coroutine that does."""
+Score = Callable[[list[Image.Image], list[str], list[Metadata]], "RewardResult"]
+"""As :meth:`Reward.score`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Reward(ABC):
         packages: import names of packages that the core does not bring.
         asynchronous: whether it mostly waits for something outside this process, so that TRL may let several such
             rewards wait together. ``compute`` then runs in a thread.
+        shares: names what it has in common with other rewards, such as a model that one alone can use; None: nothing.
 
     Building a reward is cheap: models are loaded by the first call of ``compute``.
     """
@@ -69,6 +72,7 @@ class Reward(ABC):
     extra: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ()
     asynchronous: ClassVar[bool] = False
+    shares: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -109,7 +113,7 @@ class Reward(ABC):
         """
 
     def score(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None
+        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata] | None = None, warn: bool = True
     ) -> RewardResult:
         """Scores B images and checks what :meth:`compute` returned.
 
@@ -117,6 +121,7 @@ class Reward(ABC):
             images: B RGB images of any size.
             prompts: B prompts.
             metadata: B descriptions of what each prompt asks for; None stands for B empty ones.
+            warn: whether to call :meth:`warn_of_failures`.
 
         Raises:
             ValueError: inputs of different length, or a result that is not B finite-or-NaN numbers.
@@ -133,16 +138,15 @@ class Reward(ABC):
             error.add_note(f"raised by reward {self.name!r}")
             raise
         result = _checked(self.name, returned, len(images))
-        reasons = failures(result.scores, result.details)
-        if reasons:
-            logger.warning(
-                "reward %r could not score %d of %d images: %s",
-                self.name,
-                len(reasons),
-                len(images),
-                most_common(reasons),
-            )
+        if warn:
+            self.warn_of_failures(result)
         return result
+
+    def warn_of_failures(self, result: RewardResult) -> None:
+        """Logs how many images could not be scored, and why."""
+        if reasons := failures(result.scores, result.details):
+            message = "reward %r could not score %d of %d images: %s"
+            logger.warning(message, self.name, len(reasons), len(result.scores), most_common(reasons))
 
 
 class FunctionReward(Reward):
@@ -156,6 +160,7 @@ class FunctionReward(Reward):
     def __init__(self, function: RewardFunction, options: dict[str, Any] | None = None):
         super().__init__()
         self.name = getattr(function, "__name__", type(function).__name__)
+        self.shares = function.__module__  # such as a model in a global variable
         self._function = function
         self._arguments = dict(options or {})
 
@@ -177,7 +182,7 @@ def as_reward(reward: Reward | RewardFunction) -> Reward:
     return FunctionReward(reward)
 
 
-def as_trl_reward(reward: Reward | RewardFunction) -> TrlReward:
+def as_trl_reward(reward: Reward | RewardFunction, score: Score | None = None) -> TrlReward:
     """Adapts a reward to TRL's ``reward_funcs``: a function that returns None for "could not be scored".
 
     The returned function reads ``prompts``, ``generated_images`` (RGB) and ``metadata`` (JSON strings or
@@ -186,10 +191,15 @@ def as_trl_reward(reward: Reward | RewardFunction) -> TrlReward:
     ``rewards/<name>/<detail>``. It stops the run when the reward fails on every sample of several steps in a row, see
     :class:`~stage_grpo.rewards.failures.FailureWatch`. For an asynchronous reward it is a coroutine function.
 
+    Args:
+        reward: The reward.
+        score: What gives its results; by default its own :meth:`Reward.score`.
+
     Raises:
         TypeError: neither a reward nor callable.
     """
     checked = as_reward(reward)
+    score = score or checked.score
     watch = FailureWatch(checked.name)
 
     def prepare(
@@ -199,7 +209,7 @@ def as_trl_reward(reward: Reward | RewardFunction) -> TrlReward:
             raise ValueError(
                 f"reward {checked.name!r} got no images; let the rollout return them as 'generated_images'"
             )
-        described = [_as_metadata(value, checked.name) for value in metadata or [None] * len(prompts)]
+        described = [as_metadata(value, checked.name) for value in metadata or [None] * len(prompts)]
         return list(generated_images), list(prompts), described
 
     def hand_over(result: RewardResult, hooks: dict[str, Any]) -> list[float | None]:
@@ -210,13 +220,13 @@ def as_trl_reward(reward: Reward | RewardFunction) -> TrlReward:
     def trl_reward(
         *, prompts: list[str], generated_images: Any = None, metadata: Any = None, **hooks: Any
     ) -> list[float | None]:
-        return hand_over(checked.score(*prepare(prompts, generated_images, metadata)), hooks)
+        return hand_over(score(*prepare(prompts, generated_images, metadata)), hooks)
 
     async def waiting_trl_reward(
         *, prompts: list[str], generated_images: Any = None, metadata: Any = None, **hooks: Any
     ) -> list[float | None]:
         inputs = prepare(prompts, generated_images, metadata)
-        return hand_over(await asyncio.to_thread(checked.score, *inputs), hooks)
+        return hand_over(await asyncio.to_thread(score, *inputs), hooks)
 
     chosen = waiting_trl_reward if checked.asynchronous else trl_reward
     chosen.__name__ = checked.name
@@ -231,7 +241,7 @@ def _log_details(
 ) -> None:
     for detail, values in details.items():
         if log_extra is not None:
-            log_extra(f"{name}/{detail}", [_as_cell(value) for value in values])
+            log_extra(f"{name}/{detail}", [as_cell(value) for value in values])
         numbers = [float(value) for value in values if isinstance(value, Real | np.bool_)]
         if log_metric is not None and numbers and len(numbers) + values.count(None) == len(values):
             log_metric(f"rewards/{name}/{detail}", float(np.mean(numbers)))
@@ -271,24 +281,3 @@ def _as_score(name: str, value: Any, index: int) -> float:
             f"reward {name!r} returned {score} for image {index}; return a finite number, or NaN for no score"
         )
     return score
-
-
-def _as_metadata(value: Any, name: str) -> Metadata:
-    """One row's metadata, which Arrow tables carry as a JSON string."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"reward {name!r} got metadata {value!r}, which is no JSON ({error})") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"reward {name!r} got metadata {value!r}; give a JSON object or a dict")
-    return value
-
-
-def _as_cell(value: Any) -> Any:
-    """A table cell: trackers want scalars and strings, so a list of reasons becomes one line, and a mapping JSON."""
-    if isinstance(value, Mapping):
-        return json.dumps(value, ensure_ascii=False)
-    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else value

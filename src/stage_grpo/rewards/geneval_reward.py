@@ -113,12 +113,13 @@ class GenevalReward(Reward):
 
     @cached_property
     def detector(self) -> Mask2FormerDetector:
-        """The detector, loaded when first asked for."""
+        """The detector, loaded when first asked for, and the colours' encoder with it: not later beside other work."""
         from transformers import Mask2FormerForUniversalSegmentation
 
         folder = weights_folder(self.options.weights, DETECTOR_WEIGHTS)
         device = pick_device(self.options.device)
         model = load_model(Mask2FormerForUniversalSegmentation, folder, device, self.options.dtype)
+        _ = self.classifier.encoder.model
         return Mask2FormerDetector(model, self.options.channel_order)
 
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_LOADING = threading.Lock()
+"""transformers changes settings of the whole process while it loads, and rewards may load in threads."""
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def load_model(model_class: Any, folder: Path, device: str, dtype: str, **argume
     Raises:
         ValueError: The folder lacks weights, which would otherwise be drawn at random.
     """
-    with _unsplit():
+    with _LOADING, _unsplit():
         model, report = model_class.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True, **arguments
         )
