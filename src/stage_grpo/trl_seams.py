@@ -37,7 +37,7 @@ logging.getLogger(grpo_trainer.__name__).addFilter(
 
 ENTROPY_REWARD = "entropy"
 """Name of the entropy reward's column among the reward functions."""
-CPU_TOKENS_A_TILE = 256
+CPU_TOKENS_A_TILE = 128
 """Tokens whose logits are held at a time where no kernel folds them: TRL's 4,096 take several copies of 268 MB."""
 
 
