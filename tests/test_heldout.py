@@ -359,6 +359,7 @@ def callback_without_training(tmp_path, outcomes, monkeypatch):
     accelerator = SimpleNamespace(is_main_process=True)
     args = SimpleNamespace(output_dir=str(tmp_path), rewards=None)
     trainer = SimpleNamespace(accelerator=accelerator, args=args, averaged=lambda: untouched_random_state())
+    trainer.run_folder = SimpleNamespace(is_resumed=False)
     logged = []
 
     def score(trainer, plan, folder, step):
