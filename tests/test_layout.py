@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "stage_grpo"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    ["types", "command_line", "checksums", "plug_ins"],
+    ["types", "command_line", "checksums", "plug_ins", "versions"],
     ["objective", "similarity", "entropy", "weighting", "presets"],
     ["checkpoints", "download", "prompt_sets", "run_checkpoints"],
     ["policy", "shards", "averaging"],

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,15 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import ProgressCallback
 
+from stage_grpo.versions import package_versions
+
 MAX_SAMPLES = 32
 """Images of one saved grid."""
 ABANDONED = "abandoned"
 """Key of the rows of ``metrics.jsonl`` that a rollback took back; its number."""
 
 _PACKAGES = ("stage-grpo", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "pillow")
+"""They decide numbers."""
 
 
 @dataclass
@@ -56,17 +57,6 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def source_commit() -> str | None:
@@ -128,7 +118,7 @@ class RunFolder:
     def write_run(self, config: dict[str, Any], seed: int) -> None:
         """Write ``run.json``: resolved config, versions, seed and the commit of the source, if any."""
         self.path.mkdir(parents=True, exist_ok=True)
-        run = {"config": config, "seed": seed, "versions": package_versions(), "commit": source_commit()}
+        run = {"config": config, "seed": seed, "versions": package_versions(_PACKAGES), "commit": source_commit()}
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def start_metrics(self, step: int) -> None:

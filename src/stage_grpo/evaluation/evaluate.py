@@ -7,10 +7,8 @@ number stands in the table of benchmarks; nothing here knows a particular one.
 from __future__ import annotations
 
 import math
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from stage_grpo.prompt_sets.fetch import presence
 from stage_grpo.prompt_sets.sources import get_prompt_set
 from stage_grpo.rewards.registry import build_reward
 from stage_grpo.types import PromptRow
+from stage_grpo.versions import package_versions
 from stage_grpo.weights import MissingWeightsError
 
 _SHOWN = ("objects", "colors")
@@ -109,7 +108,7 @@ def _summarise(
         partial=bool(image_set.problems),
         problems=image_set.problems,
         settings=_settings(benchmark, jobs, image_set) | settings,
-        versions=_versions(),
+        versions=package_versions(_PACKAGES),
         per_image=records,
     )
 
@@ -255,13 +254,3 @@ def _settings(benchmark: Benchmark, jobs: list[Job], image_set: ImageSet) -> dic
 def _json_number(value: float) -> float | None:
     """JSON knows no NaN."""
     return None if math.isnan(value) else value
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
