@@ -159,6 +159,17 @@ def test_what_moves_a_number_makes_another_folder(base, prompts, tmp_path):
     assert folder() not in {same, *others}
 
 
+@pytest.mark.parametrize("guard", ["warn", "stop", "rollback"])
+def test_limits_of_the_guard_make_another_folder_where_it_acts(base, prompts, tmp_path, guard):
+    acting = {"guard": guard, "save_strategy": "steps", "save_steps": 2}
+    changes = [{}, {"guard_max_kl": 3.0}, {"guard_lr_factor": 0.25}, {"save_steps": 4}]
+    folders = {
+        plan_runs(load_grid(write_grid(base, prompts, settings={**acting, **change})), tmp_path, [0])[0].job.folder
+        for change in changes
+    }
+    assert len(folders) == (1 if guard == "warn" else len(changes))
+
+
 def test_training_prompts_can_be_restricted(base, prompts, tmp_path):
     changes = {"settings": {"train_prompts": str(SHAPES / "train.jsonl")}, "train_categories": ["colors", "counting"]}
     (run, _) = plan_runs(load_grid(write_grid(base, prompts, **changes)), tmp_path, [0])

@@ -140,7 +140,10 @@ def _resolve(values: Mapping[str, Any]) -> StageConfig:
 
 def _maths(config: StageConfig) -> dict[str, Any]:
     """What decides the numbers of a run: the prompts by their content, and nothing of where things are written."""
-    kept = {name: value for name, value in config.to_json().items() if name not in NEUTRAL}
+    # A guard that acts decides where a run goes on, by its limits and by when checkpoints and held-out tests come.
+    acting = ("guard_", "heldout_", "save_steps") if config.guard in ("stop", "rollback") else ()
+    values = config.to_json()
+    kept = {name: value for name, value in values.items() if name not in NEUTRAL or name.startswith(acting)}
     files = {name: sha256_of(Path(kept[name])) for name in ("train_prompts", "eval_prompts") if kept[name]}
     # Tests during training change no number, but a run without them lacks their curve.
     return kept | files | {"heldout_benchmark": config.heldout_benchmark, "heldout_prompts": config.heldout_prompts}
