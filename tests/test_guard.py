@@ -322,7 +322,7 @@ def logged_steps(folder):
 
 
 def test_a_diverging_run_is_warned_of_once(diverging, caplog):
-    result, acted, rows = trained(diverging, max_steps=6, save_strategy="no")
+    result, acted, rows = trained(diverging, max_steps=6, save_strategy="no", guard_max_kl=1.0)
     assert result.stopped_by is None and result.step == 6 and acted == []
     told = [record for record in read_guard(diverging / "out") if record.rule == "kl"]
     assert len(told) == 1 and told[0].value > told[0].threshold == 1 and told[0].step == 3
