@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from conftest import PROMPTS
 from stage_grpo.cli import main
-from stage_grpo.resuming import NEUTRAL, changes
+from stage_grpo.resuming import MATHS, NEUTRAL, NO_EFFECT, NO_RESULT, changes
 from stage_grpo.run_checkpoints import defect, newest_whole, rotate, seal
 from test_trainer import config, dataset, logged, trainer_for
 
@@ -239,9 +239,13 @@ def test_training_again_continues_from_the_newest_whole_checkpoint(run, capsys, 
     assert "per_device_train_batch_size" not in told
     assert defect(run / "out" / "checkpoint-2") is None and (run / "out" / "checkpoint-3").is_dir()
     assert capsys.readouterr().out.splitlines()[-1] == "saved out"
+    resumed = logged(run / "out")
     caplog.clear()
     main(["train", "run.yaml", "--resume", "never"])
     assert "continuing" not in caplog.text
+    rates = [{row["step"]: row.get("learning_rate") for row in rows} for rows in (resumed, logged(run / "out"))]
+    assert rates[1][2] == pytest.approx(0.001 * 2 / 3)  # the second of three steps
+    assert rates[0][2] == pytest.approx(0.002 / 2)  # twice the rate of the second of two steps
     assert [row["step"] for row in logged(run / "out")][:3] == [1, 2, 3]
 
 
@@ -333,13 +337,16 @@ def test_a_signal_ends_the_run_after_its_step_and_it_continues(run, number):
 
 
 def test_changes_tell_maths_from_bookkeeping():
-    before = {"beta": 0.01, "save_steps": 5, "max_steps": 10, "lr_scheduler_type": "constant", "model": "a"}
-    now = {"beta": 0.02, "save_steps": 6, "max_steps": 20, "lr_scheduler_type": "constant", "model": "a", "new": 1}
-    maths, other = changes(before, now)
-    assert maths == {"beta": "0.01 -> 0.02", "new": "None -> 1"}
-    assert other == {"save_steps": "5 -> 6", "max_steps": "10 -> 20"}
-    assert changes({**before, "lr_scheduler_type": "cosine"}, {**now, "lr_scheduler_type": "cosine"})[0]["max_steps"]
-    assert changes(before, before) == ({}, {})
+    before = {"beta": 0.01, "save_steps": 5, "max_steps": 10, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    now = {**before, "beta": 0.02, "save_steps": 6, "max_steps": 20, "weight_decay": 0.1, "new": 1}
+    assert changes(before, now) == {
+        MATHS: {"beta": "0.01 -> 0.02", "new": "None -> 1"},
+        NO_RESULT: {"max_steps": "10 -> 20", "save_steps": "5 -> 6"},
+        NO_EFFECT: {"weight_decay": "0.0 -> 0.1"},
+    }
+    cosine = {"lr_scheduler_type": "cosine"}
+    assert changes({**before, **cosine}, {**now, **cosine})[MATHS]["max_steps"]
+    assert not any(changes(before, before).values())
 
 
 def test_every_key_that_changes_no_number_is_a_key(tmp_path):

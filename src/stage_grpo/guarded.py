@@ -26,8 +26,6 @@ class GuardedTrainer(ResumableTrainer):
     """
 
     beta: float
-    optimizer: Any
-    lr_scheduler: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -70,23 +68,10 @@ class GuardedTrainer(ResumableTrainer):
         if state is not None:
             guard.load_state_dict(state)
         if rollback is not None:
-            self._scale_learning_rate(rollback.learning_rate_factor / guard.learning_rate_factor)
+            self.scale_learning_rate(rollback.learning_rate_factor / guard.learning_rate_factor)
             self.beta *= rollback.beta_factor / guard.beta_factor
             guard.learning_rate_factor, guard.beta_factor = rollback.learning_rate_factor, rollback.beta_factor
             guard.rollbacks = rollback.rollbacks + 1
-
-    def _scale_learning_rate(self, factor: float) -> None:
-        """Scale what optimizer and schedule were restored to; later checkpoints then hold the scaled values."""
-        if factor == 1:
-            return
-        for group in self.optimizer.param_groups:
-            for name in ("lr", "initial_lr"):
-                if name in group:
-                    group[name] *= factor
-        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # DeepSpeed's is wrapped
-        for name in ("base_lrs", "_last_lr"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, [value * factor for value in getattr(scheduler, name)])
 
 
 def go_back(trainer: GuardedTrainer) -> str:

@@ -38,6 +38,8 @@ class ResumableTrainer(GRPOTrainer):
 
     args: Any  # a StageConfig: TRL's own annotations would hide its fields
     model: Any
+    optimizer: Any
+    lr_scheduler: Any
     reward_sum: RewardSum
     run_folder: RunFolder
     _saving = False
@@ -191,6 +193,8 @@ class ResumableTrainer(GRPOTrainer):
             before = {**state["config"], "processes": state["world_size"], "train_data": state["train_data"]}
             processes = {"processes": self.accelerator.num_processes, "train_data": self._data_fingerprint}
             report_changes(folder, before, {**self.args.to_json(), **processes})
+        if began_with := state["config"].get("learning_rate"):
+            self.scale_learning_rate(self.args.learning_rate / began_with)
         rank = self.accelerator.process_index
         if self._inside_buffer:
             buffer = _own_file(folder, f"rollout_buffer_{rank}.pt", state["world_size"])
@@ -200,6 +204,19 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.sync_ref_model and (folder / REFERENCE).is_dir():
             reference = self._reference_shards
             reference.write(reference.load(folder / REFERENCE, "reference")[0])
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Scale what optimizer and schedule were restored to; later checkpoints then hold the scaled values."""
+        if factor == 1:
+            return
+        for group in self.optimizer.param_groups:
+            for name in ("lr", "initial_lr"):
+                if name in group:
+                    group[name] *= factor
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # DeepSpeed's is wrapped
+        for name in ("base_lrs", "_last_lr"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [value * factor for value in getattr(scheduler, name)])
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # A checkpoint of the last step has nothing left to train; transformers would take one more step.

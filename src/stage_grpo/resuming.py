@@ -39,6 +39,11 @@ numbers, a rollback, is told and recorded by itself."""
 
 _SCHEDULE = {"max_steps", "num_train_epochs"}
 """Keys that decide when to stop; they move numbers only through the learning-rate schedule."""
+_RESTORED = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+"""Keys that a checkpoint's optimizer brings with it."""
+MATHS = "this changes the maths"
+NO_RESULT = "no result depends on it"
+NO_EFFECT = "no effect: the checkpoint's optimizer keeps the old value"
 
 
 def checkpoint_to_resume(run: Path, wish: str) -> Path | None:
@@ -89,7 +94,7 @@ def fingerprint(rows: Iterable[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Compare what a run was told before and is told now.
 
     Args:
@@ -97,21 +102,21 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, str]
         now: That of the run which resumes.
 
     Returns:
-        The changed keys as ``old -> new``: those that change the maths, and those that do not.
+        The changed keys as ``old -> new``, by what follows: ``MATHS``, ``NO_RESULT`` or ``NO_EFFECT``.
     """
-    maths, other = {}, {}
+    found: dict[str, dict[str, str]] = {MATHS: {}, NO_RESULT: {}, NO_EFFECT: {}}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
         constant = name in _SCHEDULE and before.get("lr_scheduler_type") == now.get("lr_scheduler_type") == "constant"
-        (other if name in NEUTRAL or constant else maths)[name] = f"{old!r} -> {new!r}"
-    return maths, other
+        follows = NO_EFFECT if name in _RESTORED else NO_RESULT if name in NEUTRAL or constant else MATHS
+        found[follows][name] = f"{old!r} -> {new!r}"
+    return found
 
 
 def report_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Log what a resumed run does differently."""
-    maths, other = changes(before, now)
-    for changed, consequence in ((maths, "this changes the maths"), (other, "no result depends on it")):
+    for consequence, changed in changes(before, now).items():
         for name, change in changed.items():
             logger.warning("resuming %s with another %s: %s (%s)", folder, name, change, consequence)
