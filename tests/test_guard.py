@@ -43,7 +43,7 @@ def history(**series):
 
 BROKEN = {
     # name of the rule: (what the last five steps showed, what the rule says of it)
-    "kl": ({"kl": 6.0}, 3.0),  # 6 nats over 2 nats of entropy
+    "kl": ({"kl": 3.0}, 1.5),  # 3 nats over 2 nats of entropy
     "kl_slope": ({"kl": [0.4, 0.8, 1.2, 1.6, 2.0]}, 0.2),  # 0.4 nats a step over 2
     "entropy_low": ({"entropy_policy": 0.5, "entropy_reference": 1.0}, 0.5),
     "entropy_high": ({"entropy_policy": 4.0}, 2.0),
@@ -322,7 +322,7 @@ def logged_steps(folder):
 
 
 def test_a_diverging_run_is_warned_of_once(diverging, caplog):
-    result, acted, rows = trained(diverging, max_steps=6, save_strategy="no", guard_max_kl=1.0)
+    result, acted, rows = trained(diverging, max_steps=6, save_strategy="no")
     assert result.stopped_by is None and result.step == 6 and acted == []
     told = [record for record in read_guard(diverging / "out") if record.rule == "kl"]
     assert len(told) == 1 and told[0].value > told[0].threshold == 1 and told[0].step == 3
