@@ -54,10 +54,11 @@ def _maps(results: Results) -> Figure:
     width = 1.3 + 0.8 * len(names[1])
     figure = Figure(figsize=(width * len(variants), 2 * (1.2 + 0.45 * len(names[0]))), layout="constrained")
     grid = figure.subplots(2, len(variants), squeeze=False)
-    for row, (title, name) in zip(grid, ((results.headline, results.headline), ("share of collapsed runs", None))):
+    shown = ((results.headline, results.headline, ".3f"), ("collapsed", None, ".0%"))
+    for row, (title, name, number) in zip(grid, shown):
         tables, limits = variant_maps(results, name)
         for axes, variant in zip(row, variants):
-            charts.draw_map(axes, tables[variant], names, (first, second), limits)
+            charts.draw_map(axes, tables[variant], names, (first, second), limits, number)
             axes.set_title(f"{variant}: {title}", fontsize=9)
     return figure
 

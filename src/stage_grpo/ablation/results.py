@@ -214,9 +214,10 @@ def _line(grid: Grid, cell: Cell, by_cell: dict[str, list[FinishedRun]]) -> Line
     names = dict.fromkeys(name for run in runs for name in run.quantities)
     means = {name: mean_over_seeds([run.quantities.get(name) for run in runs]) for name in names}
     differences = {}
-    for other in dict.fromkeys((grid.baseline, *grid.controls)):
-        against = by_cell.get(Cell(other, cell.point, {}).label, [])
-        if other != cell.variant and against:
+    others = list(dict.fromkeys((grid.baseline, *grid.controls)))
+    # Of two that others are compared with, the later one's line has their difference.
+    for other in others[: others.index(cell.variant)] if cell.variant in others else others:
+        if against := by_cell.get(Cell(other, cell.point, {}).label, []):
             differences[other] = {
                 name: paired_over_seeds(
                     {run.plan.seed: run.quantities.get(name) for run in runs},

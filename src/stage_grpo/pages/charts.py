@@ -200,8 +200,9 @@ def draw_map(
     names: tuple[Sequence[str], Sequence[str]],
     titles: tuple[str, str],
     limits: tuple[float, float],
+    number: str = ".3g",
 ) -> None:
-    """Draw what `heat_map` shows."""
+    """Draw what `heat_map` shows, each value in the format `number`."""
     rows, columns = names
     low, high = limits
     span = (low, high) if high > low else (low - 0.5, low + 0.5)
@@ -209,7 +210,7 @@ def draw_map(
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = (value - span[0]) / (span[1] - span[0]) > 0.6
-            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white" if dark else _INK)
+            axes.text(column, row, format(value, number), ha="center", va="center", color="white" if dark else _INK)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(titles[1])
