@@ -24,7 +24,7 @@ from stage_grpo.ablation.grid import Cell, HeldoutTest, load_grid
 from stage_grpo.ablation.job import Job, write_job
 from stage_grpo.ablation.picture import draw
 from stage_grpo.ablation.plan import distinct_jobs, plan_runs
-from stage_grpo.ablation.results import ALARMS, BELOW_BEST, ROLLBACKS, Line, Results, collect, guarded
+from stage_grpo.ablation.results import ALARMS, BELOW_BEST, ROLLBACKS, Line, Results, _line, collect, guarded
 from stage_grpo.ablation.seeds import mean_over_seeds, paired_over_seeds
 from stage_grpo.ablation.worker import run_job
 from stage_grpo.evaluation.scores import Scores
@@ -279,6 +279,15 @@ def gain(low, high):
     return Difference((low + high) / 2, low, high, 0.5)
 
 
+def test_two_variants_are_compared_once(base, prompts):
+    variants = {"grpo": {"preset": "grpo"}, "stage": {}, "other": {"beta": 0.2}, "third": {"beta": 0.3}}
+    grid = load_grid(write_grid(base, prompts, variants=variants, controls=["stage", "other"]))
+    run = SimpleNamespace(plan=SimpleNamespace(seed=0), quantities={"strict": 0.5})
+    by_cell = {cell.label: [run] for cell in grid.cells}
+    compared = {cell.variant: [*_line(grid, cell, by_cell).differences] for cell in grid.cells}
+    assert compared == {"grpo": [], "stage": ["grpo"], "other": ["grpo", "stage"], "third": ["grpo", "stage", "other"]}
+
+
 def test_collapse_is_what_its_definition_says():
     steady = rows([0.1] * 20)
     assert collapse_reasons(steady, gain(-0.2, 0.0)) == [] == collapse_reasons(steady, None)
@@ -367,8 +376,8 @@ def test_a_picture_over_two_axes_is_maps(toy):
     )
     above, _, below, _ = draw(Results(grid, [run], [], lines)).axes
     assert above.images[0].get_array().tolist()[0] == [0.1, 0.2]
-    assert [text.get_text() for text in above.texts] == ["0.1", "0.2", "0.3"]  # the fourth did not finish
-    assert [text.get_text() for text in below.texts] == [f"{bool(run.collapse):d}"] * 3
+    assert [text.get_text() for text in above.texts] == ["0.100", "0.200", "0.300"]  # the fourth did not finish
+    assert [text.get_text() for text in below.texts] == [f"{bool(run.collapse):.0%}"] * 3
 
 
 def test_what_the_guard_told_is_counted(tmp_path):
