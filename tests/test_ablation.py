@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,18 @@ from stage_grpo.ablation.command import main_ablate
 from stage_grpo.ablation.grid import Cell, HeldoutTest, load_grid
 from stage_grpo.ablation.job import Job, write_job
 from stage_grpo.ablation.picture import draw
-from stage_grpo.ablation.plan import distinct_jobs, plan_runs
-from stage_grpo.ablation.results import ALARMS, BELOW_BEST, ROLLBACKS, Line, Results, _line, collect, guarded
+from stage_grpo.ablation.plan import PlannedRun, distinct_jobs, plan_runs
+from stage_grpo.ablation.results import (
+    ALARMS,
+    BELOW_BEST,
+    ROLLBACKS,
+    FinishedRun,
+    Line,
+    Results,
+    _line,
+    collect,
+    guarded,
+)
 from stage_grpo.ablation.seeds import mean_over_seeds, paired_over_seeds
 from stage_grpo.ablation.worker import run_job
 from stage_grpo.evaluation.scores import Scores
@@ -282,7 +293,7 @@ def gain(low, high):
 def test_two_variants_are_compared_once(base, prompts):
     variants = {"grpo": {"preset": "grpo"}, "stage": {}, "other": {"beta": 0.2}, "third": {"beta": 0.3}}
     grid = load_grid(write_grid(base, prompts, variants=variants, controls=["stage", "other"]))
-    run = SimpleNamespace(plan=SimpleNamespace(seed=0), quantities={"strict": 0.5})
+    run = mock.Mock(FinishedRun, plan=mock.Mock(PlannedRun, seed=0), quantities={"strict": 0.5})
     by_cell = {cell.label: [run] for cell in grid.cells}
     compared = {cell.variant: [*_line(grid, cell, by_cell).differences] for cell in grid.cells}
     assert compared == {"grpo": [], "stage": ["grpo"], "other": ["grpo", "stage"], "third": ["grpo", "stage", "other"]}
