@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
