@@ -37,7 +37,7 @@ SAME = (
 
 STRAIGHT = {
     "save_strategy": "steps",
-    "save_steps": 1,
+    "save_steps": 2,  # those that are looked at: steps 2 and 4
     "sync_ref_model": True,
     "ref_model_sync_steps": 2,
     "ref_model_mixup_alpha": 0.25,
