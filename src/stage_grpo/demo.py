@@ -20,6 +20,7 @@ from stage_grpo.generation.generate import generate
 from stage_grpo.pages.report import write_demo_report
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.run_folder import write_atomically
+from stage_grpo.run_record import read_run
 from stage_grpo.sampling import Sampling
 from stage_grpo.training import train
 
@@ -104,7 +105,7 @@ def _score(config: DemoConfig, model: str, sampling: Sampling, out: Path) -> Sco
 
 def _summary(config: DemoConfig, before: Scores, after: Scores, run: Path, phases: dict[str, float]) -> dict[str, Any]:
     gain = compare(before, after, STRICT)[OVERALL]
-    steps = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+    steps = read_run(run).num_steps
     sides = {
         name: {"overall": scores.scores[STRICT][OVERALL], "reward": scores.scores[GRADED][OVERALL]}
         for name, scores in (("before", before), ("after", after))
