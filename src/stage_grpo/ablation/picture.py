@@ -94,5 +94,6 @@ def _draw_scores(axes: Axes, results: Results, colors: dict[str, str]) -> None:
         axes.axvline(math.nan if before is None else before, color=charts.GREY, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_title(f"{name} (dashed: before training)", fontsize=9)
     charts.tidy(axes)
