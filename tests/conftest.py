@@ -30,11 +30,11 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Folder of a tiny Janus with random weights that are spread enough to make distributions peaked."""
+    """Folder of a tiny Janus of two layers, with random weights spread enough to make distributions peaked."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     tokenizer = tiny.build_text_tokenizer()
-    policy = tiny.build_policy(tokenizer)
+    policy = tiny.build_policy(tokenizer, num_layers=2)
     with torch.no_grad():
         policy.get_output_embeddings().weight.normal_(0, 0.3)
         for parameter in policy.backbone.parameters():

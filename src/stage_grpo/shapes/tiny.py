@@ -29,6 +29,7 @@ from stage_grpo.shapes.prompts import rows
 from stage_grpo.shapes.scenes import IMAGE_SIZE, PATCH_SIZE
 
 WIDTH = 192
+NUM_LAYERS = 4
 NUM_CODES = 512
 CODE_DIM = 8
 NUM_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -96,14 +97,14 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> JanusProcessor:
     return JanusProcessor(images, tokenizer, num_image_tokens=NUM_TOKENS)
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, num_layers: int = NUM_LAYERS) -> JanusConfig:
     """A Janus of about 2.4 million parameters: 36 image tokens of 8 x 8 pixels, 512 codes of 8 numbers."""
     text: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
         "intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 256,
@@ -146,9 +147,9 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
     )
 
 
-def build_policy(tokenizer: PreTrainedTokenizerFast) -> JanusPolicy:
+def build_policy(tokenizer: PreTrainedTokenizerFast, num_layers: int = NUM_LAYERS) -> JanusPolicy:
     """An untrained tiny policy; weights come from torch's global generator."""
-    policy = JanusPolicy(build_config(tokenizer))
+    policy = JanusPolicy(build_config(tokenizer, num_layers))
     policy.generation_config = GenerationConfig(
         do_sample=True,
         guidance_scale=GUIDANCE_SCALE,
