@@ -19,16 +19,15 @@ other work on the machine does not stretch.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import platform
-import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from memory import forget_peak, peak_bytes
 from PIL import Image
 from random_rewards import SCENES, RandomReward, random_reward
 from reward_bound import Products, clock, time_in_networks, wait
@@ -59,24 +58,6 @@ def num_parameters(folders: list[Path]) -> int:
             slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118 - no mapping
         total += sum(math.prod(piece.get_shape()) for piece in slices if "F" in piece.get_dtype())
     return total
-
-
-def forget_peak() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif (marks := Path("/proc/self/clear_refs")).exists():
-        marks.write_text("5")
-
-
-def peak_gigabytes() -> float:
-    """The most memory taken since `forget_peak`; NaN where the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 / 1e9 if found else math.nan
 
 
 def seconds_per_image(reward, samples: tuple[list, ...], at_a_time: int) -> float:
@@ -123,7 +104,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
             row |= compare(reward, samples, args.repeats)
         else:
             row["seconds_one_by_one"] = min(seconds_per_image(reward, samples, 1) for _ in range(args.repeats))
-        row["peak_gigabytes"] = peak_gigabytes()
+        row["peak_gigabytes"] = peak_bytes() / 1e9
         folders = [Path(folder)] if args.random else [weights_cache.folder(need) for need in reward.needed_weights()]
         return row | {"num_parameters": num_parameters(folders)}
 

@@ -14,11 +14,9 @@ growth of the process's peak, or of the GPU's, in the first run of each.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 from field_loop import published_loop, transformers_generate
+from memory import forget_peak, held_bytes, peak_bytes
 from transformers import GenerationConfig, JanusConfig, JanusVisionConfig, JanusVQVAEConfig
 
 from stage_grpo.checkpoints.configs import to_transformers_config
@@ -98,33 +97,15 @@ def prompts_of(policy: JanusPolicy, size: str, num_prompts: int, group: int) -> 
     return [ids for ids in unique for _ in range(group)]
 
 
-def forget_peak() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif (marks := Path("/proc/self/clear_refs")).exists():
-        marks.write_text("5")
-
-
-def memory(field: str) -> int:
-    """Bytes of this process by a name of /proc/self/status, or of the GPU; 0 where nothing says it."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
-    status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
-
-
 def timed(work: Callable[[], Any]) -> dict[str, float]:
     forget_peak()
-    before = memory("VmRSS")
+    before = held_bytes()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"seconds": wall, "cpu_seconds": cpu, "peak_gigabytes": (memory("VmHWM") - before) / 1e9}
+    return {"seconds": wall, "cpu_seconds": cpu, "peak_gigabytes": (peak_bytes() - before) / 1e9}
 
 
 def compare(policy: JanusPolicy, prompt_ids: list[list[int]], guidance: float, repeats: int) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from unittest import mock
 import numpy as np
 import torch
 from datasets import Dataset
+from memory import peak_bytes, reset_peak
 from PIL import Image
 from reward_bound import wait
-from rollout import TINY, build_policy, memory
+from rollout import TINY, build_policy
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from stage_grpo import trl_seams
@@ -38,8 +39,6 @@ from stage_grpo.trainer import StageTrainer
 PROMPTS = ("a photo of a red circle", "a photo of two rings", "a photo of a blue cross", "a photo of three squares")
 REWARDS = (0.0, 1.0, 0.25, 1.0, 0.5, 0.75, 0.0, 1.0)
 """Of the images of a group: ties at the top, as rule-based rewards give, and no image at the mean."""
-MARKS = Path("/proc/self/clear_refs")
-"""Writing 5 there resets the process's peak."""
 CHANGE = 0.02
 """How far the policy stands from the reference, as a share of each weight's spread, so that the KL is not 0."""
 
@@ -76,11 +75,8 @@ class Meter:
 
     def mark(self, phase: str) -> None:
         """Book the peak since the last mark under a phase."""
-        self.peaks[phase] = max(self.peaks[phase], memory("VmHWM"))
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        elif MARKS.exists():
-            MARKS.write_text("5")
+        self.peaks[phase] = max(self.peaks[phase], peak_bytes())
+        reset_peak()
 
 
 def write_checkpoint(size: str, side: int, folder: Path) -> Path:

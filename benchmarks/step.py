@@ -36,7 +36,7 @@ from typing import Any
 import reward_bound
 import torch
 from field_step import field_step
-from rollout import forget_peak, memory
+from memory import forget_peak, held_bytes
 from stage_step import (
     Meter,
     build_trainer,
@@ -185,7 +185,7 @@ def measure_memory(trainer: StageTrainer, side: str) -> dict[str, Any]:
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     forget_peak()
-    before = memory("VmRSS")
+    before = held_bytes()
     meter = Meter(with_memory=True)
     if side == "ours":
         stage_step(trainer, meter)
