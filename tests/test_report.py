@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prompt_folders import write_prompt_folder
 from stage_grpo.config import StageConfig
 from stage_grpo.evaluation.scores import Scores
-from stage_grpo.images import folders as image_folders
 from stage_grpo.pages import before_after, charts, report
 from stage_grpo.run_record import read_run
 
@@ -61,7 +61,7 @@ def write_side(folder: Path, correct: list[float]) -> Scores:
     per_image = []
     for index, (tag, right) in enumerate(zip(tags, correct)):
         metadata = {"prompt": PROMPT, "tag": tag}
-        image_folders.write_prompt_folder(folder, index, metadata, [tile(int(200 * right))])
+        write_prompt_folder(folder, index, metadata, [tile(int(200 * right))])
         record = {"path": f"{index:05d}/samples/00000.png", "index": index, "sample": 0, "prompt": PROMPT, "tag": tag}
         record |= {"scores": {"strict": right, "graded": right / 2}, "objects": None}
         per_image.append(record | {"reasons": [] if right else ["found <nothing>"]})

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prompt_folders import write_prompt_folder
 from stage_grpo.cli import main
-from stage_grpo.images.folders import load_image, write_prompt_folder
+from stage_grpo.images.folders import load_image
 from stage_grpo.rewards.registry import REWARDS, build_reward
 from stage_grpo.scoring import read_samples, score_folder
 from stage_grpo.types import PromptRow

@@ -20,7 +20,7 @@ from stage_grpo.shapes import tokenizer_training as vq
 from stage_grpo.shapes.policy_training import MIX, BatchSampler, EncodedScenes, encode_scenes, policy_loss
 from stage_grpo.shapes.pretrain import pretrain
 from stage_grpo.shapes.pretrain_config import PretrainConfig
-from stage_grpo.shapes.prompts import CATEGORIES, evaluation_rows, rows, rows_of, sample_scene
+from stage_grpo.shapes.prompts import CATEGORIES, mixed_rows, rows, rows_of, sample_scene
 from stage_grpo.shapes.scenes import Scene, SceneObject, render
 
 ASSET = Path(__file__).parents[1] / "assets" / "tiny-janus-shapes"
@@ -268,7 +268,7 @@ def test_the_shipped_files_are_small_and_complete():
 
 
 def test_the_shipped_tokenizer_keeps_scenes_recognisable(shipped):
-    prompts, rng = evaluation_rows(25), np.random.default_rng(0)
+    prompts, rng = mixed_rows("heldout", [1] * 6, 150), np.random.default_rng(0)
     pixels = vq.to_pixels([sample_scene(row, rng) for row in prompts])
     shown = shipped.decode(vq.encode(shipped.model.vqmodel, pixels)).numpy()
     reward = build_reward("shapes", {"strict": True})

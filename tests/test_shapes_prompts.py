@@ -15,7 +15,6 @@ from stage_grpo.shapes.prompts import (
     HELDOUT_PAIRS,
     MIRRORS,
     SHARED_CATEGORIES,
-    evaluation_rows,
     is_heldout,
     mixed_rows,
     rows,
@@ -118,19 +117,19 @@ def test_what_a_prompt_leaves_open_varies():
     assert sample_scene(row, np.random.default_rng(7)) == scenes[7]
 
 
-def test_evaluation_rows_are_balanced_held_out_and_fixed():
-    chosen = evaluation_rows(30)
+def test_mixed_rows_are_balanced_held_out_and_fixed():
+    chosen = mixed_rows("heldout", [1] * 6, 180)
     assert Counter(row.metadata["tag"] for row in chosen) == dict.fromkeys(CATEGORIES, 30)
     allowed = {row.prompt for row in rows("heldout")}
     assert {row.prompt for row in chosen} <= allowed
-    assert chosen == evaluation_rows(30)
+    assert chosen == mixed_rows("heldout", [1] * 6, 180)
     # Small categories repeat evenly: 4 prompts of two objects over 30 rows.
     counts = Counter(row.prompt for row in chosen if row.metadata["tag"] == "two_object")
     assert sorted(counts.values()) == [7, 7, 8, 8]
 
 
 def test_prompts_survive_their_file(tmp_path):
-    chosen = evaluation_rows(2)
+    chosen = mixed_rows("heldout", [1] * 6, 12)
     write_prompts(tmp_path / "prompts.jsonl", chosen)
     lines = (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [row.metadata for row in chosen]
@@ -142,7 +141,7 @@ def test_unknown_names_and_counts_are_named():
     with pytest.raises(ValueError, match="category 'shapes'"):
         rows_of("shapes", "train")
     with pytest.raises(ValueError, match="0 rows cannot be mixed"):
-        evaluation_rows(0)
+        mixed_rows("heldout", [1] * 6, 0)
 
 
 def test_mixed_rows_follow_the_ratio():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,50 +38,21 @@ class PromptFolder:
     images: tuple[Path, ...]
 
 
-def write_prompt_folder(images_dir: Path, index: int, metadata: Metadata, images: Sequence[Image.Image]) -> Path:
-    """Write one prompt's images as PNG.
-
-    Args:
-        images_dir: The folder of the whole set; made if it does not exist.
-        index: The prompt's number, from 0.
-        metadata: Description of the prompt, with the key "prompt".
-        images: RGB images.
-
-    Returns:
-        The folder written.
-
-    Raises:
-        ValueError: ``metadata`` holds no prompt, or ``images`` is empty.
-    """
-    if not isinstance(metadata.get("prompt"), str):
-        raise ValueError(f"metadata {metadata!r} hold no 'prompt'; add the text the images were made from.")
-    if not images:
-        raise ValueError(f"prompt {index} ({metadata['prompt']!r}) has no images to write.")
-    folder = Path(images_dir) / f"{index:05d}"
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images):
-        image.save(folder / "samples" / f"{number:05d}.png")
-    # Last: a folder without metadata is one whose images are not complete.
-    (folder / "metadata.jsonl").write_text(json.dumps(metadata, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
-
-
-def read_prompt_folders(images_dir: Path, tags: Sequence[str] | None = None) -> list[PromptFolder]:
+def read_prompt_folders(images_dir: Path) -> list[PromptFolder]:
     """Read a set of generated images, refusing anything incomplete.
 
     Every image is decoded once, so that a torn file shows here and not after an hour of scoring.
 
     Args:
         images_dir: The folder of the whole set.
-        tags: Allowed values of the metadata's "tag"; None allows any, or none.
 
     Returns:
         The prompts in order of their number.
 
     Raises:
-        ValueError: The folder is missing or empty, or holds missing or unreadable metadata, unknown tags,
-            unreadable or torn images, prompts with fewer images than the others, or gaps in the numbering. The
-            message lists the first ten problems.
+        ValueError: The folder is missing or empty, or holds missing or unreadable metadata, unreadable or torn
+            images, prompts with fewer images than the others, or gaps in the numbering. The message lists the first
+            ten problems.
     """
     images_dir = Path(images_dir)
     if not images_dir.is_dir():
@@ -96,7 +66,7 @@ def read_prompt_folders(images_dir: Path, tags: Sequence[str] | None = None) -> 
     problems = _gaps(paths)
     folders = []
     for path in paths:
-        metadata = _read_metadata(path / "metadata.jsonl", tags, problems)
+        metadata = _read_metadata(path / "metadata.jsonl", problems)
         images = _readable_images(path / "samples", problems)
         if metadata is not None and images:
             folders.append(PromptFolder(path.name, metadata, images))
@@ -132,7 +102,7 @@ def _gaps(paths: list[Path]) -> list[str]:
     return [f"{paths[0].parent / f'{number:05d}'}: missing; generate the prompts again" for number in missing]
 
 
-def _read_metadata(path: Path, tags: Sequence[str] | None, problems: list[str]) -> Metadata | None:
+def _read_metadata(path: Path, problems: list[str]) -> Metadata | None:
     """The one JSON object of the file, or None after noting what is wrong."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -143,9 +113,6 @@ def _read_metadata(path: Path, tags: Sequence[str] | None, problems: list[str]) 
         return None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
         problems.append(f'{path}: expected one JSON object with "prompt" on one line')
-        return None
-    if tags is not None and metadata.get("tag") not in tags:
-        problems.append(f"{path}: tag {metadata.get('tag')!r} is none of {', '.join(tags)}")
         return None
     return metadata
 

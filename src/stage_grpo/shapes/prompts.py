@@ -97,11 +97,6 @@ def mixed_rows(split: str, ratio: Sequence[int], num_rows: int) -> list[PromptRo
     return chosen
 
 
-def evaluation_rows(num_per_category: int) -> list[PromptRow]:
-    """The held-out prompts that are scored, as many of each category: see :func:`mixed_rows`."""
-    return mixed_rows("heldout", [1] * len(CATEGORIES), num_per_category * len(CATEGORIES))
-
-
 def rows_of(tag: str, split: str) -> list[PromptRow]:
     """The rows of one category of a split.
 
