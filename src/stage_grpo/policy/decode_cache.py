@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+KeysAndValues = tuple[Tensor, Tensor]
+
 
 class DecodeCache(abc.ABC):
     """What a decoding step needs of a cache."""
@@ -49,8 +51,18 @@ class DecodeCache(abc.ABC):
 class Decoder(abc.ABC):
     """A family's own decoding step, see :meth:`~stage_grpo.policy.base.ImagePolicy.make_decoder`."""
 
-    dtype: torch.dtype
-    """Of keys and values."""
+    @abc.abstractmethod
+    def prefill(
+        self, prompts: Sequence[Float[Tensor, "_ _ H"]]
+    ) -> list[tuple[list[KeysAndValues], Float[Tensor, "_ H"]]]:
+        """Run whole prompts.
+
+        Args:
+            prompts: Embeddings of prompts, those of one length together: (n, P, H).
+
+        Returns:
+            For each of them keys and values of every layer, (n, hk, P, d), and the last hidden states.
+        """
 
     @abc.abstractmethod
     def step(self, codes: Int[Tensor, " B"], cache: DecodeCache) -> Float[Tensor, "R E"]:

@@ -1,14 +1,15 @@
-"""One decoding step of a Llama backbone, written out for speed.
+"""A Llama backbone's prompts and decoding steps, written out for speed.
 
-A rollout calls it hundreds of times on a few rows, where the library's general step spends its time on Python, on
-small products and on temporaries. Here the projections that share an input are one product, the image embedding with
-its aligner is a table, and the cache is filled in place. Numbers differ from the library's by the rounding of float32.
+A rollout steps hundreds of times on a few rows, where the library's general step spends its time on Python, on
+small products and on temporaries. Here the projections that share an input are one product, prompts of all lengths
+are run together without padding, the image embedding with its aligner is a table, and the cache is filled in place.
+Numbers differ from the library's by the rounding of float32.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from stage_grpo.policy.decode_cache import DecodeCache, Decoder
+from stage_grpo.policy.decode_cache import DecodeCache, Decoder, KeysAndValues
 from stage_grpo.policy.packed import LinearFunction, can_pack, linear_function
 
 STATIC_ROPE = ("default", "linear", "llama3")
@@ -39,7 +40,7 @@ class _Layer:
 
 
 class LlamaDecoder(Decoder):
-    """The backbone's step for one image token a row, up to the inputs of the image head's last layer.
+    """The backbone on prompts, and its step for one image token a row up to the inputs of the image head's last layer.
 
     It holds copies or views of the weights as they are when it is built, so it serves one rollout. Under autocast the
     linear layers work in autocast's dtype and the residual stream in the dtype of the weights, as in training.
@@ -101,6 +102,38 @@ class LlamaDecoder(Decoder):
             return linear_function(weights[0] if len(weights) == 1 else torch.cat(weights))
         return lambda x: torch.cat([nn.functional.linear(x, weight) for weight in weights], dim=-1)
 
+    def prefill(
+        self, prompts: Sequence[Float[Tensor, "_ _ H"]]
+    ) -> list[tuple[list[KeysAndValues], Float[Tensor, "_ H"]]]:
+        """Run whole prompts: linear layers see the tokens of all of them at once, attention those of one length.
+
+        Args:
+            prompts: Embeddings of prompts, those of one length together: (n, P, H).
+
+        Returns:
+            For each of them keys and values of every layer, (n, hk, P, d), and the last hidden states.
+        """
+        shapes = [prompt.shape[:2] for prompt in prompts]
+        x = torch.cat([prompt.flatten(0, 1) for prompt in prompts])
+        places = torch.cat([torch.arange(length, device=x.device).repeat(number) for number, length in shapes])
+        cos, sin = self.cos[places], self.sin[places]
+        caches: list[list[KeysAndValues]] = [[] for _ in prompts]
+        with torch.autocast(x.device.type, enabled=False):
+            for layer in self.layers:
+                attended = []
+                heads = [part.split([n * length for n, length in shapes]) for part in self._heads(layer, x, cos, sin)]
+                for shape, cache, *parts in zip(shapes, caches, *heads):
+                    queries, keys, values = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
+                    out = nn.functional.scaled_dot_product_attention(
+                        queries, keys, values, is_causal=True, enable_gqa=self.num_heads != self.num_key_heads
+                    )
+                    attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+                    cache.append((keys, values))
+                x = self._after_attention(layer, x, torch.cat(attended))
+            rows = x.split([n * length for n, length in shapes])
+            last = [row.unflatten(0, shape)[:, -1] for row, shape in zip(rows, shapes)]
+            return [(cache, rms_norm(hidden, self.final_norm, self.eps)) for cache, hidden in zip(caches, last)]
+
     def step(self, codes: Int[Tensor, " B"], cache: DecodeCache) -> Float[Tensor, "R E"]:
         """Feed one code a row, in all branches, and return the inputs of the head's last layer.
 
@@ -113,9 +146,9 @@ class LlamaDecoder(Decoder):
             cos, sin = (x[positions].repeat(cache.num_branches, 1, 1) for x in (self.cos, self.sin))
             x = self.table[codes].repeat(cache.num_branches, 1)
             for i, layer in enumerate(self.layers):
-                x = x + layer.out(self._attention(i, layer, x, cos, sin, cache)).to(x.dtype)
-                gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-                x = x + layer.down(nn.functional.silu(gate) * up).to(x.dtype)
+                queries, keys, values = self._heads(layer, x, cos, sin)
+                out = cache.attend(i, queries.unflatten(1, (self.num_key_heads, -1)), keys, values)
+                x = self._after_attention(layer, x, out.flatten(1))
             return self.features(rms_norm(x, self.final_norm, self.eps))
 
     def features(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R E"]:
@@ -131,14 +164,19 @@ class LlamaDecoder(Decoder):
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.eps).to(self.dtype)
 
-    def _attention(
-        self, i: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, cache: DecodeCache
-    ) -> Float[Tensor, "R _"]:
+    def _heads(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each token, (R, heads, d), the first two rotated."""
         heads = layer.qkv(self._norm(x, layer.input_norm)).unflatten(-1, (-1, self.head_dim))
         rotating, values = heads.split([self.num_heads + self.num_key_heads, self.num_key_heads], dim=1)
         rotated = _rotate(rotating, cos, sin).to(self.dtype)
         queries, keys = rotated.split([self.num_heads, self.num_key_heads], dim=1)
-        return cache.attend(i, queries.unflatten(1, (self.num_key_heads, -1)), keys, values).flatten(1)
+        return queries, keys, values
+
+    def _after_attention(self, layer: _Layer, x: Float[Tensor, "R H"], attended: Tensor) -> Float[Tensor, "R H"]:
+        """The rest of a layer."""
+        x = x + layer.out(attended).to(x.dtype)
+        gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
+        return x + layer.down(nn.functional.silu(gate) * up).to(x.dtype)
 
 
 def rms_norm(x: Float[Tensor, "R H"], weight: Float[Tensor, " H"], eps: float) -> Float[Tensor, "R H"]:

@@ -71,7 +71,7 @@ class DecoderSteps(Steps):
             guided: Whether to add the unconditional rows.
             fixed: Whether shapes are fixed; None: on a GPU.
         """
-        prefixes, hidden = run_prefixes(policy, prompt_ids, guided, decoder.dtype)
+        prefixes, hidden = run_prefixes(policy, decoder, prompt_ids, guided)
         self.decoder = decoder
         self.features = decoder.features(hidden)
         fixed = policy.device.type == "cuda" if fixed is None else fixed
@@ -96,50 +96,35 @@ class DecoderSteps(Steps):
 
 
 def run_prefixes(
-    policy: ImagePolicy, prompt_ids: Sequence[Sequence[int]], guided: bool, dtype: torch.dtype
+    policy: ImagePolicy, decoder: Decoder, prompt_ids: Sequence[Sequence[int]], guided: bool
 ) -> tuple[list[Prefix], Float[Tensor, "R H"]]:
     """Run every unique prompt once, without padding.
 
-    On a CPU each runs alone, so that no bit depends on the other prompts; elsewhere those of one length together.
-
     Args:
         policy: The policy.
+        decoder: Its decoding step.
         prompt_ids: Prompt of each row, sorted by length.
         guided: Whether to run the unconditional prompts too.
-        dtype: Of keys and values.
 
     Returns:
         Keys and values of the prompts of each length, and the last hidden states of all rows.
     """
-    prefixes, hidden = [], []
-    for rows in equal_lengths(prompt_ids):
+    slices, prompts, prompt_of_row = equal_lengths(prompt_ids), [], []
+    for rows in slices:
         unique: dict[tuple[int, ...], int] = {}
         index = [unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids[rows]]
-        batches = [[ids] for ids in unique] if policy.device.type == "cpu" else [list(unique)]
-        runs = [_run_equal(policy, batch, guided) for batch in batches]
-        layers = [
-            tuple(torch.cat([caches[i][kind].to(dtype) for caches, _ in runs], dim=1) for kind in (0, 1))
-            for i in range(len(runs[0][0]))
-        ]
-        prompt_of_row = torch.tensor(index, device=policy.device)
-        prefixes.append(Prefix(rows, prompt_of_row, [(keys, values) for keys, values in layers]))
-        hidden.append(torch.cat([last for _, last in runs], dim=1)[:, prompt_of_row])
+        ids = torch.tensor(list(unique), device=policy.device)
+        if guided:
+            ids = torch.cat([ids, policy.unconditional_ids(ids, torch.ones_like(ids))])
+        prompts.append(policy.embed_text(ids))
+        prompt_of_row.append(torch.tensor(index, device=policy.device))
+    branches = (2 if guided else 1, -1)
+    prefixes, hidden = [], []
+    for rows, index, (layers, last) in zip(slices, prompt_of_row, decoder.prefill(prompts)):
+        spread = [(keys.unflatten(0, branches), values.unflatten(0, branches)) for keys, values in layers]
+        prefixes.append(Prefix(rows, index, spread))
+        hidden.append(last.unflatten(0, branches)[:, index])
     return prefixes, torch.cat(hidden, dim=1).flatten(0, 1)
-
-
-def _run_equal(
-    policy: ImagePolicy, prompts: list[tuple[int, ...]], guided: bool
-) -> tuple[list[tuple[Tensor, Tensor]], Float[Tensor, "b U H"]]:
-    """Keys and values of each layer, (branches, U, heads, P, head_dim), and last hidden states of U prompts."""
-    ids = torch.tensor(prompts, device=policy.device)
-    mask = torch.ones_like(ids)
-    if guided:
-        ids, mask = torch.cat([ids, policy.unconditional_ids(ids, mask)]), mask.repeat(2, 1)
-    cache, last = _run(policy, ids, mask)
-    filled: list[Any] = cache.layers
-    shape = (2 if guided else 1, len(prompts))
-    layers = [(layer.keys.unflatten(0, shape), layer.values.unflatten(0, shape)) for layer in filled]
-    return layers, last.unflatten(0, shape)
 
 
 def _run(
