@@ -114,24 +114,24 @@ class LlamaDecoder(Decoder):
             For each of them keys and values of every layer, (n, hk, P, d), and the last hidden states.
         """
         shapes = [prompt.shape[:2] for prompt in prompts]
+        sizes = [shape.numel() for shape in shapes]
         x = torch.cat([prompt.flatten(0, 1) for prompt in prompts])
         places = torch.cat([torch.arange(length, device=x.device).repeat(number) for number, length in shapes])
         cos, sin = self.cos[places], self.sin[places]
         caches: list[list[KeysAndValues]] = [[] for _ in prompts]
         with torch.autocast(x.device.type, enabled=False):
             for layer in self.layers:
+                heads = [part.split(sizes) for part in self._heads(layer, x, cos, sin)]
                 attended = []
-                heads = [part.split([n * length for n, length in shapes]) for part in self._heads(layer, x, cos, sin)]
-                for shape, cache, *parts in zip(shapes, caches, *heads):
+                for cache, shape, *parts in zip(caches, shapes, *heads):
                     queries, keys, values = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
                     out = nn.functional.scaled_dot_product_attention(
                         queries, keys, values, is_causal=True, enable_gqa=self.num_heads != self.num_key_heads
                     )
-                    attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
                     cache.append((keys, values))
+                    attended.append(out.transpose(1, 2).reshape(shape.numel(), -1))
                 x = self._after_attention(layer, x, torch.cat(attended))
-            rows = x.split([n * length for n, length in shapes])
-            last = [row.unflatten(0, shape)[:, -1] for row, shape in zip(rows, shapes)]
+            last = [part.unflatten(0, shape)[:, -1] for part, shape in zip(x.split(sizes), shapes)]
             return [(cache, rms_norm(hidden, self.final_norm, self.eps)) for cache, hidden in zip(caches, last)]
 
     def step(self, codes: Int[Tensor, " B"], cache: DecodeCache) -> Float[Tensor, "R E"]:
