@@ -28,6 +28,7 @@ from stage_grpo.ablation.plan import PlannedRun, distinct_jobs, plan_runs
 from stage_grpo.ablation.results import (
     ALARMS,
     BELOW_BEST,
+    DISTANCE,
     ROLLBACKS,
     FinishedRun,
     Line,
@@ -37,6 +38,7 @@ from stage_grpo.ablation.results import (
     guarded,
 )
 from stage_grpo.ablation.seeds import mean_over_seeds, paired_over_seeds
+from stage_grpo.ablation.table import difference_table
 from stage_grpo.ablation.worker import run_job
 from stage_grpo.evaluation.scores import Scores
 from stage_grpo.evaluation.statistics import Difference
@@ -389,6 +391,19 @@ def test_a_picture_over_two_axes_is_maps(toy):
     assert above.images[0].get_array().tolist()[0] == [0.1, 0.2]
     assert [text.get_text() for text in above.texts] == ["0.100", "0.200", "0.300"]  # the fourth did not finish
     assert [text.get_text() for text in below.texts] == [f"{bool(run.collapse):.0%}"] * 3
+
+
+def test_several_images_of_a_prompt_are_compared_by_their_distance(toy):
+    grid = load_grid(toy.words[0])
+    (run,) = collect(grid, plan_runs(grid, toy.out, [0])).runs
+    grid = dataclasses.replace(grid, test=dataclasses.replace(grid.test, num_images=2))
+    run = dataclasses.replace(run, quantities={**run.quantities, DISTANCE: 0.4})
+    fewer = {"grpo": {DISTANCE: mean_over_seeds([-0.1])}}
+    results = Results(grid, [run], [], [Line(grid.cells[1], [run], {DISTANCE: mean_over_seeds([0.4])}, fewer)])
+    head, row = difference_table(results)
+    assert row[head.index("distance of images")] == "-0.100"
+    shown = draw(results).axes[2]
+    assert shown.lines[0].get_xdata() == [0.4] and shown.get_title().startswith("distance of images")
 
 
 def test_what_the_guard_told_is_counted(tmp_path):

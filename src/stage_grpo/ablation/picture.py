@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stage_grpo.ablation.page import COLORS, variant_maps
-from stage_grpo.ablation.results import Results, scored
-from stage_grpo.ablation.table import score_names
+from stage_grpo.ablation.results import DISTANCE, Results, scored
+from stage_grpo.ablation.table import COLUMNS, score_names
 from stage_grpo.pages import charts
 
 DPI = 150
@@ -24,7 +24,7 @@ def to_png(results: Results) -> bytes:
 
     With two axes: a map of every variant, of the headline score and of the share of collapsed runs. Otherwise training
     reward and KL over the steps, mean over seeds in a band from lowest to highest, and the scores after training with
-    95 % intervals over seeds.
+    95 % intervals over seeds; instead of scores the distance of images of one prompt, where a prompt has several.
 
     Args:
         results: What `stage_grpo.ablation.results.collect` gave.
@@ -81,8 +81,8 @@ def _curves_and_scores(results: Results) -> Figure:
 
 
 def _draw_scores(axes: Axes, results: Results, colors: dict[str, str]) -> None:
-    """The last of the scores, which counts held-out prompts alone where there are such."""
-    name = score_names(results)[-1]
+    """The last of the scores, which counts held-out prompts alone where there are such; where measured, diversity."""
+    name = DISTANCE if DISTANCE in results.quantities else score_names(results)[-1]
     means = {line.cell.label: line.means[name] for line in results.lines if name in line.means}
     labels = [label for label in colors if label in means]
     for place, label in enumerate(labels):
@@ -95,5 +95,5 @@ def _draw_scores(axes: Axes, results: Results, colors: dict[str, str]) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_title(f"{name} (dashed: before training)", fontsize=9)
+    axes.set_title(f"{COLUMNS.get(name, name)} (dashed: before training)", fontsize=9)
     charts.tidy(axes)

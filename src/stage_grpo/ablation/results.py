@@ -26,6 +26,7 @@ from stage_grpo.guard_rules import PASSIVE_RULES
 from stage_grpo.run_record import RunRecord, read_run
 
 TRAINED, OTHER = "trained categories", "other categories"
+UNIQUE, DISTANCE = "unique_share", "pairwise_distance"
 MAX_KL, SECONDS = "kl/max", "seconds/step"
 ALARMS, ROLLBACKS, BELOW_BEST = "guard/told", "guard/rollbacks", "heldout/below_best"
 
@@ -176,7 +177,7 @@ def scored(grid: Grid, scores: Scores) -> dict[str, float | None]:
         found |= {TRAINED: _mean(trained), OTHER: _mean(others)}
     found |= {f"{scores.headline} {column}": headline.get(column) for column in scores.columns}
     if grid.test.num_images > 1:
-        found |= {name: scores.diversity[name] for name in ("unique_share", "pairwise_distance")}
+        found |= {name: scores.diversity[name] for name in (UNIQUE, DISTANCE)}
     return found
 
 

@@ -8,21 +8,23 @@ from stage_grpo.ablation.collapse import KL_OVER_ENTROPY
 from stage_grpo.ablation.results import (
     ALARMS,
     BELOW_BEST,
+    DISTANCE,
     MAX_KL,
     OTHER,
     ROLLBACKS,
     SECONDS,
     TRAINED,
+    UNIQUE,
     Results,
     scored,
 )
 from stage_grpo.ablation.seeds import SeedMean
 
-_COLUMNS = {
+COLUMNS = {
     TRAINED: TRAINED,
     OTHER: OTHER,
-    "unique_share": "different images",
-    "pairwise_distance": "distance of images",
+    UNIQUE: "different images",
+    DISTANCE: "distance of images",
     "kl": "KL",
     MAX_KL: "largest KL",
     "entropy/policy": "entropy",
@@ -34,7 +36,7 @@ _COLUMNS = {
     BELOW_BEST: "below its best",
     SECONDS: "s a step",
 }
-_COMPARED = ("kl", "entropy/gap")
+_COMPARED = (TRAINED, OTHER, DISTANCE, "kl", "entropy/gap")
 Grid2D = list[list[str]]
 
 
@@ -54,10 +56,10 @@ def main_table(results: Results) -> Grid2D:
         Rows of text, the head first.
     """
     names = score_names(results) + [
-        name for name in _COLUMNS if any(line.means.get(name, _NOTHING).value is not None for line in results.lines)
+        name for name in COLUMNS if any(line.means.get(name, _NOTHING).value is not None for line in results.lines)
     ]
     axes = list(results.grid.axes)
-    rows = [["variant", *axes, "seeds", *(_COLUMNS.get(name, name) for name in names), "collapsed"]]
+    rows = [["variant", *axes, "seeds", *(COLUMNS.get(name, name) for name in names), "collapsed"]]
     for folder, scores in results.befores.items():
         found = scored(results.grid, scores)
         label = "before training" if len(results.befores) == 1 else f"before training ({folder.name})"
@@ -79,8 +81,8 @@ def difference_table(results: Results) -> Grid2D:
     Returns:
         Rows of text, the head first; the head alone if there is nothing to compare.
     """
-    names = [*score_names(results), *(name for name in (TRAINED, OTHER) if name in results.quantities), *_COMPARED]
-    rows = [["difference", *(heading for name in names for heading in (_COLUMNS.get(name, name), "p"))]]
+    names = score_names(results) + [name for name in _COMPARED if name in results.quantities]
+    rows = [["difference", *(heading for name in names for heading in (COLUMNS.get(name, name), "p"))]]
     for line in results.lines:
         for other, found in line.differences.items():
             cells = [found.get(name, _NOTHING) for name in names]
