@@ -64,6 +64,7 @@ GRIDS = {
     "min_reward_std": 4 * 4,
     "readings": 6,
     "guard": 2 * 2,
+    "guard_drift": 2 * 2,
     "stability": 3 * 3 * 2,
 }
 
