@@ -58,7 +58,7 @@ DAMAGE = {
     "torn config": (lambda a: cut(a / CONFIG), CONFIG, "is not valid JSON"),
     "no weights": (lambda a: (a / WEIGHTS).unlink(), WEIGHTS, "copy the whole folder again"),
     "pickle": (lambda a: (a / WEIGHTS).rename(a / "adapter_model.bin"), "adapter_model.bin", "writes safetensors"),
-    "tensor lost": (lambda a: edit_tensors(a, without("layers.3.mlp.up_proj.lora_B")), "up_proj.lora_B", "it lacks"),
+    "tensor lost": (lambda a: edit_tensors(a, without("layers.1.mlp.up_proj.lora_B")), "up_proj.lora_B", "it lacks"),
     "other rank": (lambda a: edit_config(a, r=4), "(16, 512), the base needs (4, 512)", "trained on"),
     "other modules": (lambda a: edit_config(a, target_modules=["q_proj"]), "down_proj", "has no place"),
     "no such modules": (lambda a: edit_config(a, target_modules=["c_attn"]), "c_attn", "does not fit its base"),
