@@ -28,13 +28,11 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """Folder of a tiny Janus of two layers, with random weights spread enough to make distributions peaked."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+def save_untrained(folder, num_layers):
+    """Save a tiny Janus with random weights that are spread enough to make distributions peaked."""
     torch.manual_seed(0)
     tokenizer = tiny.build_text_tokenizer()
-    policy = tiny.build_policy(tokenizer, num_layers=2)
+    policy = tiny.build_policy(tokenizer, num_layers)
     with torch.no_grad():
         policy.get_output_embeddings().weight.normal_(0, 0.3)
         for parameter in policy.backbone.parameters():
@@ -42,6 +40,12 @@ def checkpoint(tmp_path_factory):
                 parameter.normal_(0, 0.08)
     tiny.save(policy, tokenizer, folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of an untrained policy; two layers are as good as four for most tests, and twice as fast."""
+    return save_untrained(tmp_path_factory.mktemp("checkpoint"), num_layers=2)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_the_reference_costs_no_second_model(checkpoint, tmp_path):
     before = num_parameters_alive()
     policy = load_policy(checkpoint)
     base = num_parameters_alive() - before
-    assert base == sum(p.numel() for p in policy.parameters()) > 1e6
+    assert base == sum(p.numel() for p in policy.parameters()) > 1.6e6
     del policy
     stage = trainer_for(checkpoint, tmp_path / "lora", peft_config=lora())
     adapters = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)

@@ -105,14 +105,7 @@ class LlamaDecoder(Decoder):
     def prefill(
         self, prompts: Sequence[Float[Tensor, "_ _ H"]]
     ) -> list[tuple[list[KeysAndValues], Float[Tensor, "_ H"]]]:
-        """Run whole prompts: linear layers see the tokens of all of them at once, attention those of one length.
-
-        Args:
-            prompts: Embeddings of prompts, those of one length together: (n, P, H).
-
-        Returns:
-            For each of them keys and values of every layer, (n, hk, P, d), and the last hidden states.
-        """
+        """As :class:`Decoder` says; linear layers see all tokens at once, attention those of prompts of one length."""
         shapes = [prompt.shape[:2] for prompt in prompts]
         sizes = [shape.numel() for shape in shapes]
         x = torch.cat([prompt.flatten(0, 1) for prompt in prompts])
