@@ -12,11 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stage_grpo.ablation.page import COLORS, variant_maps
-from stage_grpo.ablation.results import DISTANCE, Results, scored
+from stage_grpo.ablation.results import DISTANCE, Line, Results, scored
 from stage_grpo.ablation.table import COLUMNS, score_names
 from stage_grpo.pages import charts
 
 DPI = 150
+MOST_CURVES = 6
+"""Lines of a grid that are still told apart as curves in one chart."""
 
 
 def to_png(results: Results) -> bytes:
@@ -24,7 +26,9 @@ def to_png(results: Results) -> bytes:
 
     With two axes: a map of every variant, of the headline score and of the share of collapsed runs. Otherwise training
     reward and KL over the steps, mean over seeds in a band from lowest to highest, and the scores after training with
-    95 % intervals over seeds; instead of scores the distance of images of one prompt, where a prompt has several.
+    95 % intervals over seeds; instead of scores the distance of images of one prompt, where a prompt has several. With
+    an axis and more than six lines, where curves hide each other: headline score, that score of held-out prompts and
+    KL at the end, all with intervals.
 
     Args:
         results: What `stage_grpo.ablation.results.collect` gave.
@@ -40,7 +44,11 @@ def to_png(results: Results) -> bytes:
 
 def draw(results: Results) -> Figure:
     """The figure that `to_png` saves."""
-    return _maps(results) if len(results.grid.axes) == 2 else _curves_and_scores(results)
+    if len(results.grid.axes) == 2:
+        return _maps(results)
+    if results.grid.axes and len(_lines(results)) > MOST_CURVES:
+        return _means_along_the_axis(results)
+    return _curves_and_scores(results)
 
 
 def _pictured(results: Results) -> tuple[str, ...]:
@@ -63,8 +71,28 @@ def _maps(results: Results) -> Figure:
     return figure
 
 
+def _means_along_the_axis(results: Results) -> Figure:
+    """A row a line of the grid, in blocks of one value of the axis, coloured by variant."""
+    (axis,) = results.grid.axes
+    places = list(results.grid.axes[axis])
+    lines = sorted(_lines(results), key=lambda line: places.index(line.cell.point[axis]))
+    of_variant = dict(zip(_pictured(results), cycle(COLORS)))
+    colors = {line.cell.label: of_variant[line.cell.variant] for line in lines}
+    names = list(dict.fromkeys([results.headline, score_names(results)[-1], "kl"]))
+    figure = Figure(figsize=(11.5, 0.24 * len(lines) + 1), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names):
+        _draw_means(axes, results, name, colors)
+        for block in range(1, len(places)):
+            axes.axhline(block * len(of_variant) - 0.5, color=charts.GREY, linewidth=0.5)
+    return figure
+
+
+def _lines(results: Results) -> list[Line]:
+    return [line for line in results.lines if line.cell.variant in _pictured(results)]
+
+
 def _curves_and_scores(results: Results) -> Figure:
-    lines = [line for line in results.lines if line.cell.variant in _pictured(results)]
+    lines = _lines(results)
     colors = dict(zip([line.cell.label for line in lines], cycle(COLORS)))
     rewards = [name for name in results.quantities if name.startswith("rewards/") and name.endswith("/mean")]
     reward = next((name for name in rewards if name != "rewards/entropy/mean"), "reward")
@@ -74,26 +102,29 @@ def _curves_and_scores(results: Results) -> Figure:
         series = {line.cell.label: [run.record.series(name) for run in line.runs] for line in lines}
         charts.draw_bands(axes, series, colors)
         axes.set_title(title, fontsize=9)
-    _draw_scores(right, results, colors)
+    distance_or_score = DISTANCE if DISTANCE in results.quantities else score_names(results)[-1]
+    _draw_means(right, results, distance_or_score, colors)
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False, fontsize=8)
     return figure
 
 
-def _draw_scores(axes: Axes, results: Results, colors: dict[str, str]) -> None:
-    """The last of the scores, which counts held-out prompts alone where there are such; where measured, diversity."""
-    name = DISTANCE if DISTANCE in results.quantities else score_names(results)[-1]
+def _draw_means(axes: Axes, results: Results, name: str, colors: dict[str, str]) -> None:
+    """A quantity after training, a row a label, with 95 % intervals over seeds and, where known, the value before."""
     means = {line.cell.label: line.means[name] for line in results.lines if name in line.means}
-    labels = [label for label in colors if label in means]
-    for place, label in enumerate(labels):
+    places = {label: place for place, label in enumerate(colors)}
+    for label, place in places.items():
+        if label not in means:
+            continue
         value, low, high = (math.nan if end is None else end for end in astuple(means[label])[:3])
         axes.hlines(place, low, high, color=colors[label], linewidth=2.2, alpha=0.45)
         axes.plot(value, place, "o", color=colors[label], markersize=5)
-    for scores in results.befores.values():
-        before = scored(results.grid, scores).get(name)
-        axes.axvline(math.nan if before is None else before, color=charts.GREY, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    befores = [scored(results.grid, scores).get(name) for scores in results.befores.values()]
+    known = [before for before in befores if before is not None]
+    for before in known:
+        axes.axvline(before, color=charts.GREY, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(places)), list(places))
+    axes.set_ylim(len(places) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_title(f"{COLUMNS.get(name, name)} (dashed: before training)", fontsize=9)
+    axes.set_title(COLUMNS.get(name, name) + (" (dashed: before training)" if known else ""), fontsize=9)
     charts.tidy(axes)
