@@ -113,20 +113,20 @@ def test_paired_lines_are_those_of_compare():
 
 
 def test_an_overall_score_over_images_weighs_images_and_not_categories():
-    # 1 image of one category gains 1, 3 of another gain 0: over images 1/4, over categories 1/2.
-    rare, common = get_benchmark("ocr").columns[:2]
+    # 1 image of one category gains 1, 7 of the three others gain 0: over images 1/8, over categories 1/4.
+    common = get_benchmark("ocr").columns[1]
 
     def make(gain):
-        one = scored("ocr", tags=[common], prompts=4)
+        one = scored("ocr", prompts=2)
         for record in one.per_image:
             record["scores"]["ocr"] = gain if record["index"] == 0 else 0.0
-            record["tag"] = rare if record["index"] == 0 else common
-        one.scores["ocr"], one.ci95["ocr"] = {"overall": gain / 4}, {"overall": [0.0, 1.0]}
+            record["tag"] = common if record["index"] == 1 else record["tag"]
+        one.scores["ocr"], one.ci95["ocr"] = {"overall": gain / 8}, {"overall": [0.0, 1.0]}
         return one
 
     for paired in (True, False):
         (table,) = compare_sides(sides(make(0.0), make(1.0)), paired=paired).tables
-        assert [(line.name, line.difference.value) for line in table.lines] == [("overall", 0.25)]
+        assert [(line.name, line.difference.value) for line in table.lines] == [("overall", 0.125)]
 
 
 def test_unpaired_difference_by_hand():
@@ -301,6 +301,9 @@ def test_what_makes_a_score_less_than_it_looks_is_said():
     torn = scored(partial=True, problems=["00003/samples/00000.png: torn", "more"], value=value)
     text = to_text(compare_sides(sides(scored(), torn)))
     assert "B (PARTIAL) is scored in spite of 2 problems with its images: 00003/samples/00000.png: torn" in text
+    settings = {**torn.settings, "num_problems": 57}  # of which the first few of every kind are listed
+    text = to_text(compare_sides(sides(scored(), dataclasses.replace(torn, settings=settings))))
+    assert "B (PARTIAL) is scored in spite of 57 problems with its images: 00003/samples/00000.png: torn" in text
     assert text.startswith("Shapes world: B (PARTIAL) against A") and "B (PARTIAL) - A [95 % interval]" in text
     assert "B (PARTIAL) has 1 images that strict could not score" in text
     assert "not corrected for the number of lines" in text and "training again with another seed" in text
@@ -420,6 +423,12 @@ def test_more_files_are_each_compared_with_the_first(tmp_path):
     text = main_compare("stage compare", [*paths, "--names", "base,x,y,z"])
     assert text.startswith("Shapes world: x, y, z against base") and "z - base [95 % interval]" in text
     Page(to_html(comparison))
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = main_compare("stage compare", [*files(tmp_path, scored(), scored()), "--out", "~/comparison.md"])
+    assert text.endswith(f"wrote {tmp_path / 'comparison.md'}") and (tmp_path / "comparison.md").exists()
 
 
 def test_files_of_one_name_are_called_by_their_folders(tmp_path):

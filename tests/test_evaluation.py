@@ -170,7 +170,18 @@ def test_means_over_images_count_every_image_alike(images_dir: Path) -> None:
     result = evaluation.evaluate("wide", images_dir)
     assert result.scores["graded"]["overall"] == pytest.approx(0.6)
     shutil.rmtree(images_dir / "00002")
-    assert evaluation.evaluate("wide", images_dir).scores["graded"]["overall"] == pytest.approx(0.75)
+    assert evaluation.evaluate("wide", images_dir).scores["graded"].keys() == {"a"}
+
+
+@pytest.mark.parametrize("name", [name for name, line in BENCHMARKS.items() if line.overall != "none"])
+def test_an_overall_score_is_that_of_all_categories(name: str) -> None:
+    """The mean of some would pass for the benchmark's own, be it over categories or over images."""
+    benchmark = BENCHMARKS[name]
+    records = [{"tag": column} for column in benchmark.columns for _ in range(3)]
+    lines = scores.table_lines(benchmark, records)
+    assert lines.keys() == scores.selections(benchmark).keys() and len(lines["overall"]) == len(records)
+    assert scores.table_lines(benchmark, records[:3]) == {benchmark.columns[0]: [0, 1, 2]}
+    assert "overall" not in scores.table_lines(benchmark, records[:-3])
 
 
 def test_overall_as_genevals_own_summary(images_dir: Path, tmp_path: Path) -> None:
@@ -247,6 +258,43 @@ def test_a_reward_that_scores_nothing_is_missing_too(images_dir: Path, tmp_path:
     result = evaluation.evaluate("wide", folder)
     assert result.missing["graded"] == f"no image could be scored ({RED}: all blue)"
     assert list(result.scores) == ["green"]
+
+
+def test_a_detail_that_a_reward_does_not_give_is_missing(images_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is the measure's own, whatever another scorer said of the same image."""
+    scorers = (Scorer("strict", SIDE, detail="correct"), Scorer("graded", RED))
+    plain_toy = dataclasses.replace(TOY, scorers=scorers)
+    monkeypatch.setitem(BENCHMARKS, "toy", plain_toy)
+    write(images_dir, 0, "a", [(0, 0, 0), (0, 0, 0)])
+    result = evaluation.evaluate("toy", images_dir)
+    expected = f"{SIDE}: the reward gave no detail 'correct'"
+    assert result.missing == {"strict": f"no image could be scored ({expected})"} and list(result.scores) == ["graded"]
+    assert result.per_image[1]["reasons"] == [expected, "too dark"]
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_a_set_of_some_categories(images_dir: Path, tmp_path: Path, capsys, with_file: bool) -> None:
+    """Prompts are numbered among those that were generated."""
+    folder, file = tmp_path / "some", tmp_path / "prompts.jsonl"
+    rows = [("a", "p0"), ("b", "p1"), ("a", "p2"), ("b", "p3")]
+    file.write_text("".join(json.dumps({"tag": tag, "prompt": prompt}) + "\n" for tag, prompt in rows))
+    write(folder, 0, "b", [(255, 0, 0)], "p1")
+    write(folder, 1, "b", [(0, 0, 0)], "p3")
+    given = {"prompts": file} if with_file else {}
+    result = evaluation.evaluate("toy", folder, **given, categories=["b"])
+    assert result.scores["strict"] == {"b": 0.5, "heldout": 0.5} and not result.partial
+    assert result.settings["categories"] == ["b"]
+    assert "categories" not in evaluation.evaluate("toy", folder).settings
+    with pytest.raises(ValueError, match="--categories c: toy has only a, b"):
+        evaluation.evaluate("toy", folder, **given, categories=["b", "c"])
+    if with_file:
+        with pytest.raises(ValueError, match="2 prompt folders for 4 prompts; generate all, or say by --categories"):
+            evaluation.evaluate("toy", folder, **given)
+        main(["evaluate", "--benchmark", "toy", "--images", str(folder), "--prompts", str(file), "--categories", "b"])
+        assert "PARTIAL" not in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match="also holds images of b, which --categories a leaves out"):
+            evaluation.evaluate("toy", folder, categories=["a"])
 
 
 def test_nothing_to_measure_is_an_error(images_dir: Path) -> None:
@@ -362,7 +410,9 @@ def test_a_partial_table_says_so_above_and_below(images_dir: Path) -> None:
     (images_dir / "00001/samples/00001.png").unlink()
     table = format_table(evaluation.evaluate("toy", images_dir, allow_partial=True)).splitlines()
     assert table[0].startswith("PARTIAL") and table[-2].startswith("PARTIAL: the image set is not whole")
-    assert "1 images where most prompts have 2" in table[-1]
+    assert "prompt 1 ('p1') has 1 images; most have 2" in table[-1]
+    settings = evaluation.evaluate("toy", images_dir, allow_partial=True).settings
+    assert settings["num_problems"] == 1
 
 
 # --- killed and continued --------------------------------------------------------------------------------
@@ -428,13 +478,34 @@ def test_the_command_cleans_up_after_itself(images_dir: Path, tmp_path: Path, ca
         (["--reward-options", "[1]"], "must be {NAME: {OPTION: VALUE}}"),
         (["--measures", "nice"], "'toy' has no measure ['nice']; choose from strict, graded"),
         (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--num-images", "-3"], "num_images is -3; it must be at least 1"),
+        (["--num-resamples", "0"], "num_resamples is 0; it must be at least 1"),
+        (["--num-resamples", "-1"], "num_resamples is -1; it must be at least 1"),
+        (["--out", "."], "--out . must be a file ending in .json"),
         (["--prompts", "absent.txt"], "absent.txt: cannot be read"),
     ],
 )
 def test_wrong_words(words: list[str], message: str, images_dir: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "--benchmark", "toy", "--images", str(images_dir), *words])
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err and RedReward.asked == []
+
+
+def test_scores_are_saved_before_they_are_shown(images_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(found: scores.Scores) -> str:
+        raise RuntimeError("no table")
+
+    monkeypatch.setattr("stage_grpo.evaluation.command.format_table", broken)
+    out = images_dir.parent / "scores.json"
+    with pytest.raises(RuntimeError, match="no table"):
+        main(["evaluate", "--benchmark", "toy", "--images", str(images_dir), "--out", str(out)])
+    assert scores.Scores.load(out).num_images == 6
+
+
+def test_an_interval_that_there_is_not_is_a_dash(images_dir: Path) -> None:
+    result = evaluation.evaluate("toy", images_dir)
+    result.ci95["strict"]["a"] = [None, None]
+    assert "0.750  [-, -]" in format_table(result)
 
 
 def test_details_become_json() -> None:
@@ -472,11 +543,13 @@ def test_comparison_over_images_weighs_images_alike(images_dir: Path) -> None:
 def test_comparison_refuses_other_prompts(images_dir: Path) -> None:
     before = evaluation.evaluate("toy", images_dir)
     write(images_dir, 1, "a", [(255, 0, 0), (0, 0, 0)], prompt="another")
-    with pytest.raises(ValueError, match="generate both sides from the same prompt file"):
+    with pytest.raises(
+        ValueError, match=r"before 00001/.* of 'p1' and after .* of 'another' do not pair; generate both"
+    ):
         scores.compare(before, evaluation.evaluate("toy", images_dir))
     write(images_dir, 1, "a", [(255, 0, 0), (0, 0, 0)])
     write(images_dir, 3, "a", [(255, 0, 0), (0, 0, 0)])
-    with pytest.raises(ValueError, match="6 images before and 8 after"):
+    with pytest.raises(ValueError, match="before has 6 images and after 8, so they do not pair"):
         scores.compare(before, evaluation.evaluate("toy", images_dir))
     with pytest.raises(ValueError, match="before has no measure 'loose'; it has strict, graded"):
         scores.compare(before, before, "loose")

@@ -17,11 +17,12 @@ from PIL import Image
 
 from prompt_folders import write_prompt_folder
 from stage_grpo.cli import main
+from stage_grpo.evaluation.score_files import find_scores
 from stage_grpo.evaluation.scores import Scores
 from stage_grpo.images.files import save_image
 from stage_grpo.pages import gallery
 from stage_grpo.pages.command import main_report
-from stage_grpo.pages.gallery_sets import find_scores, read_set
+from stage_grpo.pages.gallery_sets import read_set
 from stage_grpo.pages.thumbnails import make_thumbnails, thumbnail
 from stage_grpo.rewards.base import Reward, RewardResult, as_trl_reward
 from stage_grpo.rewards.protocol import decode_response, encode_response
@@ -159,6 +160,14 @@ def test_scores_lie_in_the_set_or_beside_it(pair):
     assert find_scores(before) == before.with_name("before.scores.json")
     write_scores(before, BEFORE, before / "scores.json")
     assert find_scores(before) == before / "scores.json" and find_scores(before / "00000") is None
+
+
+def test_the_current_folder_is_a_set_like_any_other(pair, monkeypatch):
+    monkeypatch.chdir(pair[0])
+    assert find_scores(Path(".")).samefile(pair[0].with_name("before.scores.json"))
+    assert main_report("stage report", ["."]) == f"wrote {pair[0]}.gallery.html"
+    with pytest.raises(ValueError, match=r"--out \. is a folder; name a file, e\.g\. report\.html"):
+        main_report("stage report", [".", "--out", "."])
 
 
 def test_scores_of_another_set_are_refused(pair, tmp_path):

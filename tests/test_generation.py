@@ -18,12 +18,15 @@ from safetensors.numpy import load_file
 
 from stage_grpo.benchmarks import BENCHMARKS
 from stage_grpo.cli import main
+from stage_grpo.evaluation.score_files import set_scores_aside
+from stage_grpo.evaluation.scores import Scores
 from stage_grpo.generation import generate as generation
 from stage_grpo.generation.checkpoint_hash import checkpoint_sha256
 from stage_grpo.generation.generate import generate
 from stage_grpo.images.files import decode_codes, read_about, read_whole, remove_leftovers, save_image, write_whole
 from stage_grpo.images.generated_set import claim
-from stage_grpo.images.layouts import LAYOUTS, plan_images
+from stage_grpo.images.layouts import LAYOUTS, plan_images, side_folder
+from stage_grpo.images.set_files import begun_layouts, remove_set
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.rollout import _chunks
 from stage_grpo.sampling import Sampling
@@ -223,6 +226,16 @@ def test_whole_images_that_changed_since_the_manifest_are_made_again(loaded, str
     path = copy / "00003" / "samples" / "00001.png"
     about = read_about(path)
     save_image(path, Image.new("RGB", (48, 48), "red"), about)
+    assert draw(*loaded, copy).num_written == 1
+    assert contents(copy) == straight[1]
+
+
+def test_a_manifest_is_read_line_by_line_whatever_prompts_hold(loaded, straight, copy):
+    """Only newlines end a line of JSON: U+2028 may stand in a prompt."""
+    path = copy / "manifest.jsonl"
+    path.write_text(path.read_text().replace(ROWS[0].prompt, "a photo\u2028of a circle"))
+    image = copy / "00003" / "samples" / "00001.png"
+    save_image(image, Image.new("RGB", (48, 48), "red"), read_about(image))
     assert draw(*loaded, copy).num_written == 1
     assert contents(copy) == straight[1]
 
@@ -433,6 +446,93 @@ def test_the_command_takes_a_benchmark(prompts, checkpoint, capsys):
     assert "wrote 0 images to images, 8 were there" in out
 
 
+def wreck(folder):
+    """What a set may look like: a torn image, one of a prompt that is no more, a half-written file."""
+    (folder / "00000" / "samples" / "00000.png").write_bytes(b"torn")
+    shutil.copytree(folder / "00003", folder / "00017")
+    (folder / "00017" / "samples" / ".another-host.1.1.partial").write_bytes(b"")
+    os.utime(folder / "00017" / "samples" / ".another-host.1.1.partial", (0, 0))
+
+
+FOREIGN = {"notes/paper.txt", "00000/notes.txt", "00000/samples/best.png", "1234.png", "00000.png", "report.html"}
+
+
+def test_overwriting_leaves_what_is_not_the_sets_own(loaded, straight, copy):
+    wreck(copy)
+    for name in FOREIGN:
+        write_whole(copy / name, b"mine")
+    draw(*loaded, copy, rows=ROWS[:1], num_images=1, overwrite=True)
+    files = contents(copy)
+    own = {"generation.json", "manifest.jsonl", "codebook.safetensors", "00000/metadata.jsonl"}
+    assert files.keys() == FOREIGN | own | {"00000/samples/00000.png"}
+    assert {files[name] for name in FOREIGN} == {b"mine"} and not (copy / "00017").exists()
+    assert files["00000/samples/00000.png"] == straight[1]["00000/samples/00000.png"]
+    assert json.loads(files["generation.json"])["num_images"] == 1
+
+
+def test_a_set_of_any_layout_is_removed(straight, copy, tmp_path):
+    (copy / "generation.json").write_text("{")  # the remedy for a record that cannot be read, too
+    remove_set(copy)
+    assert not contents(tmp_path)
+    rows = [PromptRow(row.prompt, {"tag": "photo"}) for row in ROWS]
+    for name, layout in LAYOUTS.items():
+        side = side_folder(layout, copy)
+        for planned in plan_images(layout, rows, 2):
+            write_whole(copy / planned.path, b"image")
+        write_whole(side / "generation.json", json.dumps({"layout": name}).encode())
+        write_whole(copy / "1.png", b"mine")
+        assert begun_layouts(copy) == [layout]
+        remove_set(copy)
+        assert contents(tmp_path) == {"images/1.png": b"mine"} and list(tmp_path.iterdir()) == [copy]
+
+
+def test_scores_of_a_set_that_is_overwritten_are_renamed(loaded, copy, tmp_path, caplog):
+    places, records = (copy / "scores.json", tmp_path / "images.scores.json"), []
+    for place in places:
+        names = ("scores", "ci95", "num_unscored", "diversity", "missing", "settings", "versions")
+        numbers = {"num_images": 0, "num_prompts": 0, "partial": False, "problems": [], "columns": []}
+        Scores(benchmark="geneval", per_image=[], **{name: {} for name in names}, **numbers).save(place)
+        records.append(Scores.load(place))
+    draw(*loaded, copy, rows=ROWS[:1], num_images=1, overwrite=True)
+    assert not any(place.exists() for place in places) and "of the former images" in caplog.text
+    former = (copy / "scores.former.json", tmp_path / "images.scores.former.json")
+    assert [Scores.load(path) for path in former] == records
+    assert len(list(tmp_path.rglob("*scores*"))) == 4
+    write_whole(places[0], b"of another program")
+    set_scores_aside(copy)
+    assert places[0].read_bytes() == b"of another program"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_images": 0}, {"rows": []}, {"share": (0, 2)}, {"rows": [PromptRow(" ", {})]}]
+)
+def test_nothing_is_deleted_before_all_is_checked(changes, loaded, straight, copy):
+    with pytest.raises(ValueError):
+        draw(*loaded, copy, overwrite=True, **changes)
+    assert contents(copy) == straight[1]
+
+
+def test_what_cannot_be_deleted_is_an_error(copy, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(PermissionError):
+        remove_set(copy)
+    assert (copy / "generation.json").exists()
+
+
+def test_the_current_folder_and_the_home_folder_will_do(checkpoint, capsys, tmp_path, monkeypatch):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a ring", "tag": "photo"}')
+    line = f"--model {checkpoint} --prompts {tmp_path}/one.jsonl --guidance-scale 1 --layout hps --overwrite"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "wrote 1 images" in stage_generate(capsys, line, "--out", ".")
+    assert contents(tmp_path / "here").keys() == {"photo/00000.jpg"}
+    assert (tmp_path / "here.about" / "manifest.jsonl").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        stage_generate(capsys, line, "--out", "~/one.jsonl")
+    assert f"out='{tmp_path}/one.jsonl' is a file" in capsys.readouterr().err
+
+
 def test_overwriting_deletes_a_set_and_nothing_else(prompts, checkpoint, capsys, tmp_path, monkeypatch):
     (tmp_path / "one.jsonl").write_text('{"prompt": "a ring", "tag": "photo"}')
     line = f"--model {checkpoint} --prompts one.jsonl --guidance-scale 1 --layout hps --out"
@@ -441,6 +541,9 @@ def test_overwriting_deletes_a_set_and_nothing_else(prompts, checkpoint, capsys,
     with pytest.raises(SystemExit):
         stage_generate(capsys, line, "images", "--seed", "1")
     assert contents(tmp_path) == before and "seed was 0 and is 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        stage_generate(capsys, line, "images", "--overwrite", "--image-size", "384")
+    assert contents(tmp_path) == before
     assert "wrote 1 images" in stage_generate(capsys, line, "images", "--seed", "1", "--overwrite")
     assert contents(tmp_path)["images/photo/00000.jpg"] != before["images/photo/00000.jpg"]
     (tmp_path / "mine").mkdir()

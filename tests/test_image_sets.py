@@ -37,7 +37,7 @@ NUM_IMAGES = 2
 def write_set(folder: Path, layout_name: str, rows: list[PromptRow] = ROWS) -> Path:
     """A whole set as ``stage generate`` leaves it; every picture is another one."""
     layout = LAYOUTS[layout_name]
-    side = folder.with_name(side_folder(layout, folder.name))
+    side = side_folder(layout, folder)
     lines = []
     for image in plan_images(layout, rows, NUM_IMAGES):
         path = folder / image.path
@@ -99,6 +99,18 @@ def test_a_set_of_another_program_needs_no_records(layout: str, tmp_path: Path) 
         pixels.save(path)  # without what stage generate writes into a file
     found = read_image_set(toy(layout), folder, ROWS)
     assert found.problems == [] and len(found.images) == 8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_current_folder_is_read_like_any_other(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_set(tmp_path / "set", layout)
+    whole = read_image_set(toy(layout), folder)
+    monkeypatch.chdir(folder)
+    for place in (".", f"{folder}/../set/."):
+        found = read_image_set(toy(layout), place)
+        assert found.fingerprint == whole.fingerprint and found.generation == whole.generation
 
 
 def test_other_suffixes_will_do_where_no_official_scorer_minds(tmp_path: Path) -> None:
@@ -328,7 +340,7 @@ def undescribed(folder: Path) -> Path:
 FOLDERS: dict[str, Breakage] = {
     "gap": (lambda d: shutil.rmtree(d / "00001"), "00001: missing; generate the prompts again", 6),
     "no samples": (lambda d: shutil.rmtree(d / "00000/samples"), r"00000/samples: holds no image \(.png", 6),
-    "uneven": (lambda d: (d / SECOND).unlink(), "00001/samples: 1 images where most prompts have 2", 7),
+    "uneven": (lambda d: (d / SECOND).unlink(), r"prompt 1 \('prompt 1'\) has 1 images; most have 2", 7),
     "wrong size": (lambda d: repaint(d / FIRST, size=9), r"00000\.png: 9 x 9 pixels, expected 8 x 8", 8),
     "no number": (lambda d: repaint(d / "00000/samples/best.png"), r"best\.png: belongs to no prompt", 8),
     "no prompt folders": (
@@ -435,6 +447,17 @@ def test_the_first_few_of_every_kind_are_listed(tmp_path: Path) -> None:
     lines = str(error.value).splitlines()
     assert str(error.value).count("is none of") == 5 and "  and 4 more of the kind: unknown tag" in lines
     assert "0 bytes" in lines[-2]
+
+
+@pytest.mark.parametrize("layout", ["geneval", "flat"])
+def test_a_number_of_images_that_is_asked_for_is_checked_without_prompts(layout: str, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", layout)
+    assert read_image_set(toy(layout), folder, num_images=2).problems == []
+    read = read_image_set(toy(layout), folder, num_images=3)
+    assert len(read.images) == 8 and read.num_problems == 4
+    assert read.problems[0].endswith("prompt 0 ('prompt 0') has 2 images; --num-images says 3")
+    if layout == "geneval":
+        assert read_image_set(toy(layout), undescribed(folder), num_images=3).problems == read.problems
 
 
 def test_how_many_images_a_prompt_has_is_seen_in_a_set_that_lacks_some(tmp_path: Path) -> None:

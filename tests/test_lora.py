@@ -1,6 +1,7 @@
 """LoRA on disk: what a run leaves loads, generates and merges as one policy."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -12,12 +13,16 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from conftest import PROMPTS
 from original_janus import write_original
+from stage_grpo import ImagePipeline
+from stage_grpo.checkpoints import convert
+from stage_grpo.checkpoints.template import trained_template
 from stage_grpo.cli import main
 from stage_grpo.merge import merge
+from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import left_pad, load_policy, load_tokenizer
 from stage_grpo.policy.adapters import Adapter, merge_adapter, read_adapter
 from stage_grpo.policy.loading import checkpoint_of
-from stage_grpo.training import LORA_TARGETS, train
+from stage_grpo.training import train
 from test_trainer import config
 
 WEIGHTS = "adapter_model.safetensors"
@@ -152,6 +157,19 @@ def test_the_merged_checkpoint_is_whole_and_plain(checkpoint, run, merged, tmp_p
     record = json.loads((merged / "merge.json").read_text())
     assert (record["adapter"], record["base"], record["lora_r"]) == (str(run), checkpoint, 16)
     assert list(merged.parent.glob(".merged*")) == []
+
+
+def test_the_prompt_template_stays_with_the_weights_on_every_way(run, tmp_path):
+    trained = tmp_path / "run"
+    shutil.copytree(run, trained, ignore=shutil.ignore_patterns("checkpoint-*"))
+    record = json.loads((trained / "run.json").read_text())
+    record["config"]["prompt_template"] = "t2i_r1"
+    (trained / "run.json").write_text(json.dumps(record))
+    merged = merge(trained, tmp_path / "merged" / "here")
+    original = convert(merged, tmp_path / "original" / "here", to="original")
+    again = convert(original, tmp_path / "again" / "here")
+    assert {trained_template(folder) for folder in (trained, merged, original, again)} == {"t2i_r1"}
+    assert ImagePipeline.from_pretrained(again).prompt_template == "t2i_r1"
 
 
 def test_bfloat16_is_rounded_once_and_computed_tables_stay_exact(checkpoint, run, tmp_path):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from original_janus import write_original
 from stage_grpo.cli import main
 from stage_grpo.merge import merge
+from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy
 from stage_grpo.policy.adapters import check_no_adapter
-from stage_grpo.training import LORA_TARGETS
 from test_trainer import logged, trainer_for
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy
-from stage_grpo.training import LORA_TARGETS
 from test_trainer import logged, trainer_for
 
 WEIGHTS = "adapter_model.safetensors"
@@ -70,6 +70,13 @@ def test_the_reference_costs_no_second_model(checkpoint, tmp_path):
     del stage
     full = trainer_for(checkpoint, tmp_path / "full")
     assert full.ref_model is not None and num_parameters_alive() - before == 2 * base
+
+
+def test_the_configuration_alone_makes_adapters(checkpoint, tmp_path):
+    stage = trainer_for(checkpoint, tmp_path, use_peft=True, lora_r=5, lora_alpha=7)
+    chosen = stage.model.peft_config["default"]
+    assert stage.ref_model is None and (chosen.r, chosen.lora_alpha, chosen.lora_dropout) == (5, 7, 0)
+    assert all("lora_" in name for name, parameter in stage.model.named_parameters() if parameter.requires_grad)
 
 
 def moved(checkpoint, folder, **changes):

@@ -1,6 +1,7 @@
 """ImagePipeline: prompts in, images out, the same ones as from the command line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 import stage_grpo
 from stage_grpo import ImagePipeline
 from stage_grpo.cli import main
-from stage_grpo.generation.pipeline import find_checkpoint
+from stage_grpo.generation.pipeline import find_checkpoint, trained_template
 from stage_grpo.images.folders import read_prompt_folders
 from stage_grpo.run_checkpoints import seal
 
@@ -109,6 +110,37 @@ def test_final_weights_go_before_checkpoints(run, checkpoint):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(f"{checkpoint}/{name}", run)
     assert find_checkpoint(run) == str(run)
+
+
+def test_a_run_that_was_trained_on_gives_its_newer_checkpoint(run, checkpoint, caplog):
+    """Final weights of an earlier end, then training to a higher step that was killed."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"{checkpoint}/{name}", run)
+    os.utime(run / "model.safetensors", (0, 0))
+    assert find_checkpoint(run) == str(run / "checkpoint-10")
+    assert f"trained on after its final weights were written; drawing from {run}/checkpoint-10" in caplog.text
+    # A checkpoint of before the end is no newer, nor is a torn one.
+    for step in (9, 10):
+        manifest = run / f"checkpoint-{step}" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({**content, "written_at": step - 10}))
+    assert find_checkpoint(run) == str(run)
+    seal(run / "checkpoint-10")
+    (run / "checkpoint-10" / "model.safetensors").write_bytes(b"torn")
+    caplog.clear()
+    assert find_checkpoint(run) == str(run)
+    assert "checkpoint-10 is torn" in caplog.text and f"drawing from {run}\n" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint-9", "best", "ema"])
+def test_every_folder_of_a_run_has_its_template(name, tmp_path, monkeypatch):
+    folder = tmp_path / "run" / name
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"prompt_template": "t2i_r1"}}))
+    assert trained_template(folder) == "t2i_r1"
+    monkeypatch.chdir(folder)
+    assert trained_template(".") == "t2i_r1"
+    assert trained_template(tmp_path) is None and trained_template("nobody/nothing") is None
 
 
 def test_the_pipeline_is_part_of_the_package():

@@ -29,6 +29,7 @@ def length(images, prompts, metadata):
     return [len(prompt) + 100 * metadata[i].get("n", 0) for i, prompt in enumerate(prompts)]
 
 
+same_grey = grey_level
 GREY, LENGTH = f"{__name__}:grey_level", f"{__name__}:length"
 
 
@@ -88,7 +89,7 @@ def test_pictures_are_read_upright(tmp_path, suffix):
 def test_a_flat_folder_is_shared_out_in_the_order_of_names(flat, tmp_path, capsys):
     out = tmp_path / "scores" / "out.jsonl"
     prompts = prompts_file(tmp_path, "one", "three")
-    score("--reward", f"{GREY},{LENGTH}", "--images", flat, "--prompts", prompts, "--out", out, "--batch-size", 4)
+    score("--reward", f"{GREY}, {LENGTH}", "--images", flat, "--prompts", prompts, "--out", out, "--batch-size", 4)
     rows = lines(out)
     assert [row["path"] for row in rows] == [f"{grey:03d}.png" for grey in (0, 10, 20, 30, 40, 50)]
     assert [row["prompt"] for row in rows] == ["one"] * 3 + ["three"] * 3
@@ -102,14 +103,41 @@ def test_a_flat_folder_is_shared_out_in_the_order_of_names(flat, tmp_path, capsy
     assert wrote == f"wrote 6 lines to {out}" and os.listdir(out.parent) == ["out.jsonl"]
 
 
+def test_numbers_in_names_are_ordered_as_numbers(tmp_path):
+    names = ["a1.png", "a02.png", "a2.png", "a10 (2).png", "a10 (10).png", *(f"{i}.png" for i in range(11)), "a.png"]
+    for name in names:
+        picture(0).save(tmp_path / name)
+    rows = [PromptRow(str(i), {}) for i in range(len(names))]
+    order = [*(f"{i}.png" for i in range(11)), "a.png", "a1.png", "a02.png", "a2.png", "a10 (2).png", "a10 (10).png"]
+    samples = read_samples(tmp_path, rows)
+    assert [(sample.path.name, sample.prompt) for sample in samples] == list(zip(order, map(str, range(17))))
+
+
 def test_numbered_folders_name_their_prompts(numbered, tmp_path):
     out = tmp_path / "out.jsonl"
     score("--reward", LENGTH, "--images", numbered, "--out", out)
     rows = lines(out)
     assert [row["path"] for row in rows] == [f"0000{i}/samples/0000{j}.png" for i in (0, 1) for j in (0, 1)]
     assert [row["scores"]["length"] for row in rows] == [1, 1, 103, 103]
-    score("--reward", LENGTH, "--images", numbered, "--prompts", prompts_file(tmp_path, "xx", "yyyy"), "--out", out)
-    assert [row["scores"]["length"] for row in lines(out)] == [2, 2, 4, 4]
+    score("--reward", LENGTH, "--images", numbered, "--prompts", prompts_file(tmp_path, "a", "bcd"), "--out", out)
+    assert [row["scores"]["length"] for row in lines(out)] == [1, 1, 3, 3]  # without the folders' own metadata
+
+
+def test_folders_of_another_program_are_taken_by_their_number(tmp_path):
+    """Names without zeros in front, and a prompt that holds a line separator of its own."""
+    names = ["a\u2028b", *(f"prompt {index}" for index in range(1, 11))]
+    for index, prompt in enumerate(names):
+        folder = write_prompt_folder(tmp_path / "set", index, {"prompt": prompt}, [picture(index)] * 2)
+        for sample in folder.glob("samples/*"):
+            sample.rename(sample.with_name(f"{int(sample.stem) + 9}.png"))
+        folder.rename(folder.with_name(str(index)))
+    samples = read_samples(tmp_path / "set", [PromptRow(name, {}) for name in names])
+    assert [sample.path.relative_to(tmp_path / "set").as_posix() for sample in samples] == [
+        f"{index}/samples/{number}.png" for index in range(11) for number in (9, 10)
+    ]
+    assert [sample.prompt for sample in samples[::2]] == names
+    with pytest.raises(ValueError, match=r"set/1 was made from 'prompt 1', but --prompts has 'prompt 2' there; give"):
+        read_samples(tmp_path / "set", [PromptRow(name, {}) for name in [names[0], names[2], names[1], *names[3:]]])
 
 
 def test_batches_and_options_do_not_matter_to_the_scores(flat, tmp_path):
@@ -166,7 +194,13 @@ def test_a_reward_that_breaks_leaves_no_file(flat, tmp_path):
     samples = read_samples(flat, [PromptRow("a", {})])
     with pytest.raises(ValueError, match="returned 1 scores for 6 images"):
         score_folder([as_reward(short)], samples, flat, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+    assert os.listdir(tmp_path) == ["flat"]
+
+
+def test_a_folder_in_the_place_of_the_scores_is_refused_before_anything_else(flat, capsys):
+    with pytest.raises(SystemExit):
+        score("--reward", "hsp", "--images", flat, "--out", flat)
+    assert f"--out {flat} is a folder; name a file in it, e.g. {flat}/scores.jsonl" in capsys.readouterr().err
 
 
 def test_wrong_words_end_in_one_line(flat, numbered, tmp_path, capsys):
@@ -179,6 +213,7 @@ def test_wrong_words_end_in_one_line(flat, numbered, tmp_path, capsys):
         (["--reward", "hsp", "--images", flat], "unknown reward 'hsp'"),
         (["--reward", ",", "--images", flat], "names nothing"),
         (["--reward", f"{GREY},{GREY}", "--images", flat], "name each reward once"),
+        (["--reward", f"{GREY},{__name__}:same_grey", "--images", flat], "several rewards are called 'grey_level'"),
         (["--reward", GREY, "--images", tmp_path / "absent"], "absent is not a folder"),
         (["--reward", GREY, "--images", tmp_path / "empty"], "holds no image"),
         (["--reward", GREY, "--images", flat], "give --prompts FILE"),
@@ -206,6 +241,7 @@ def test_the_table_of_rewards(tmp_path, monkeypatch, capsys):
     assert [row.split()[0] for row in rows] == list(REWARDS)
     by_name = {row.split()[0]: row for row in rows}
     assert by_name["shapes"].endswith("ready") and by_name["hps"].endswith("stage weights get hps-v2.1")
+    assert "pip install 'stage-grpo[t2i_compbench]'" in by_name["blip_vqa"]  # spaCy, which is not installed here
     assert "PolyForm-Noncommercial" in by_name["maniqa"] and "needs a url" in by_name["deqa"]
 
 
@@ -229,9 +265,12 @@ def test_a_served_reward_scores_from_another_process(flat, tmp_path):
         process.wait(30)
 
 
-def test_a_server_is_not_started_with_wrong_words(tmp_path, capsys):
+def test_a_server_is_not_started_with_wrong_words(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("STAGE_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("stage_grpo.rewards.server.serve", lambda app, host, port: None)
     cases = [
         (["hsp"], "unknown reward 'hsp'"),
+        (["hps"], "get them by: stage weights get hps-v2.1"),
         (["shapes", "--port", "70000"], "--port 70000 must be between 1 and 65535"),
         (["shapes", "--options", "[1]"], "is no JSON object"),
         (["shapes", "--token-file", str(tmp_path / "absent")], "absent cannot be read"),

@@ -13,20 +13,24 @@ from stage_grpo.rewards.ocr import plain, quoted_text
 from stage_grpo.types import PromptRow
 
 
-def benchmark_rows(benchmark: Benchmark, prompts: str | Path | None = None) -> list[PromptRow]:
+def benchmark_rows(
+    benchmark: Benchmark, prompts: str | Path | None = None, categories: Sequence[str] | None = None
+) -> list[PromptRow]:
     """Read a benchmark's prompts.
 
     Args:
         benchmark: The benchmark.
         prompts: Its prompt file, or the folder with its prompt files where it has one a category; by default the
             official ones that ``stage data fetch`` got.
+        categories: Keep the prompts of these categories alone; by default all.
 
     Returns:
         The prompts in the official order. The metadata name the category as ``tag``.
 
     Raises:
-        ValueError: The prompts are not there, or not what the benchmark's prompts look like.
+        ValueError: The prompts are not there, or not what the benchmark's prompts look like, or it lacks a category.
     """
+    check_categories(benchmark, categories)
     if prompts is not None:
         files = _files_in(Path(prompts))
     elif benchmark.prompt_set is not None:
@@ -40,7 +44,17 @@ def benchmark_rows(benchmark: Benchmark, prompts: str | Path | None = None) -> l
             f"prompt {unknown.prompt!r} has tag {unknown.metadata['tag']!r}, which is no category of "
             f"{benchmark.name!r}; they are {', '.join(benchmark.columns)}"
         )
-    return rows
+    return [row for row in rows if categories is None or row.metadata["tag"] in categories]
+
+
+def check_categories(benchmark: Benchmark, categories: Sequence[str] | None) -> None:
+    """Refuse categories that a benchmark does not have.
+
+    Raises:
+        ValueError: There are such.
+    """
+    if unknown := sorted(set(categories or ()) - set(benchmark.columns)):
+        raise ValueError(f"--categories {' '.join(unknown)}: {benchmark.name} has only {', '.join(benchmark.columns)}")
 
 
 def _files_in(prompts: Path) -> list[Path]:

@@ -10,11 +10,10 @@ from typing import Any
 
 from stage_grpo.checkpoints.errors import need, write_json
 from stage_grpo.checkpoints.manifest import describe
+from stage_grpo.checkpoints.template import MERGE, trained_template
 from stage_grpo.command_line import ArgumentParser
 from stage_grpo.policy.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, read_adapter
 
-RECORD = "merge.json"
-"""What a merged checkpoint was made from."""
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -58,7 +57,7 @@ def merge(adapter: str | Path, out: str | Path, base: str | Path | None = None, 
         except SafetensorError as error:
             raise ValueError(f"{work} cannot be written: {error}; make room, or choose another folder") from error
         processor.save_pretrained(work)
-        write_json(work / RECORD, _record(source, base))
+        write_json(work / MERGE, _record(source, base))
         if target.exists():
             target.rmdir()
         os.replace(work, target)
@@ -69,7 +68,8 @@ def _record(source: Path, base: str | Path | None) -> dict[str, Any]:
     adapter = read_adapter(source, base)
     files = describe([source / ADAPTER_CONFIG, source / ADAPTER_WEIGHTS])
     scale = {"lora_r": adapter.config.r, "lora_alpha": adapter.config.lora_alpha}
-    return {"adapter": str(source), "base": adapter.base, **scale, "files": files}
+    template = trained_template(source)
+    return {"adapter": str(source), "base": adapter.base, **scale, "prompt_template": template, "files": files}
 
 
 def _check_target(target: Path) -> None:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from stage_grpo.command_line import ArgumentParser
 from stage_grpo.data import load_rows
-from stage_grpo.images.folders import IMAGE_SUFFIXES, load_image, read_prompt_folders
-from stage_grpo.rewards.base import Reward
+from stage_grpo.images.folders import IMAGE_SUFFIXES, load_image, natural_order, read_prompt_folders
+from stage_grpo.rewards.base import Reward, check_names
 from stage_grpo.rewards.registry import build_reward
 from stage_grpo.types import Metadata, PromptRow
 from stage_grpo.weights.command import as_table
@@ -61,20 +61,21 @@ def read_samples(images_dir: Path, rows: Sequence[PromptRow] | None) -> list[Ima
 
     Args:
         images_dir: Either numbered folders, one a prompt, as ``stage generate`` writes them; or image files, which are
-            taken in the order of their names.
-        rows: The prompts. Numbered folders name their own, so they may do without; else the i-th prompt belongs to
+            taken in the order of their names, numbers in them as numbers: ``2.png`` before ``10.png``.
+        rows: The prompts. Numbered folders name their own, so they may do without; else the i-th prompt is that of
             the i-th folder, or the images are shared out evenly, the first ones to the first prompt.
 
     Raises:
-        ValueError: No such folder, nothing in it, unreadable images, a link that leads outside, or numbers of images
-            and prompts that do not fit.
+        ValueError: No such folder, nothing in it, unreadable images, a link that leads outside, numbers of images
+            and prompts that do not fit, or folders that were made from other prompts.
     """
     if not images_dir.is_dir():
         raise ValueError(f"{images_dir} is not a folder; generate images first, or correct the path")
     _check_links(images_dir)
     if any(path.is_dir() and path.name.isdigit() for path in images_dir.iterdir()):
         return _from_prompt_folders(images_dir, rows)
-    paths = sorted(path for path in images_dir.iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [path for path in images_dir.iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = sorted(files, key=natural_order)
     if not paths:
         raise ValueError(f"{images_dir} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no numbered folder")
     if rows is None:
@@ -91,6 +92,11 @@ def _from_prompt_folders(images_dir: Path, rows: Sequence[PromptRow] | None) -> 
     folders = read_prompt_folders(images_dir)
     if rows is not None and len(rows) != len(folders):
         raise ValueError(f"{images_dir} holds {len(folders)} prompts, but --prompts {len(rows)}; leave --prompts out")
+    for folder, row in zip(folders, rows or ()):
+        said = folder.metadata["prompt"].strip()
+        if said != row.prompt:
+            where = f"{images_dir / folder.name} was made from {said!r}, but --prompts has {row.prompt!r} there"
+            raise ValueError(f"{where}; give the prompts that the images were made from, or leave --prompts out")
     described = rows or [PromptRow(folder.metadata["prompt"], folder.metadata) for folder in folders]
     return [ImageSample(path, *row) for folder, row in zip(folders, described) for path in folder.images]
 
@@ -142,7 +148,7 @@ def score_folder(
 ) -> dict[str, ScoreSummary]:
     """Score images into a file of JSON lines: path within the folder, prompt, scores (null for none), details.
 
-    The file appears when it is whole.
+    The file appears when it is whole; nothing is left of one that is not.
 
     Raises:
         OSError: The file cannot be written.
@@ -151,14 +157,17 @@ def score_folder(
     summaries = {reward.name: ScoreSummary() for reward in rewards}
     partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as sink, tqdm(total=len(samples), unit="image", disable=None) as bar:
-        for sample, scores, details, seconds in score_samples(rewards, samples, batch_size):
-            _write(sink, sample.path.relative_to(images_dir), sample.prompt, scores, details)
-            for name, summary in summaries.items():
-                summary.scores.append(scores[name])
-                summary.seconds += seconds[name]
-            bar.update()
-    partial.replace(out)
+    try:
+        with partial.open("w", encoding="utf-8") as sink, tqdm(total=len(samples), unit="image", disable=None) as bar:
+            for sample, scores, details, seconds in score_samples(rewards, samples, batch_size):
+                _write(sink, sample.path.relative_to(images_dir), sample.prompt, scores, details)
+                for name, summary in summaries.items():
+                    summary.scores.append(scores[name])
+                    summary.seconds += seconds[name]
+                bar.update()
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return summaries
 
 
@@ -201,10 +210,13 @@ def main_score(program: str, words: Sequence[str]) -> str:
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
-    names = [name for name in options.reward.split(",") if name]
+    images_dir, out = Path(options.images).expanduser(), Path(options.out).expanduser()
+    if out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; name a file in it, e.g. {out / 'scores.jsonl'}")
+    names = [name for part in options.reward.split(",") if (name := part.strip())]
     by_name = parse_options(options.options, names)
     rewards = [build_reward(name, by_name.get(name)) for name in names]
-    images_dir, out = Path(options.images).expanduser(), Path(options.out).expanduser()
+    check_names(rewards)
     samples = read_samples(images_dir, load_rows(options.prompts) if options.prompts else None)
     summaries = score_folder(rewards, samples, images_dir, out, options.batch_size)
     table = as_table([_HEAD, *(summary.row(name) for name, summary in summaries.items())])

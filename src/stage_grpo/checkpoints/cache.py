@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from stage_grpo.checkpoints.configs import MODEL_TYPES, ORIGINAL
 from stage_grpo.checkpoints.convert import convert
 from stage_grpo.checkpoints.errors import need, read_json
 from stage_grpo.checkpoints.manifest import is_current
@@ -33,7 +34,7 @@ def as_transformers(path: str | Path) -> Path:
             converted copy and the folder beside it cannot be written.
     """
     folder = Path(path).resolve()
-    if not _is_original(folder):
+    if not is_original(folder):
         return Path(path)
     cached = folder.with_name(folder.name + SUFFIX)
     if is_current(cached, folder):
@@ -47,6 +48,13 @@ def as_transformers(path: str | Path) -> Path:
         return cached if is_current(cached, folder) else convert(folder, cached, overwrite=True)
 
 
-def _is_original(folder: Path) -> bool:
+def is_original(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint in DeepSeek's original format."""
     config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == "multi_modality"
+    return config.is_file() and MODEL_TYPES.get(str(read_json(config).get("model_type"))) == ORIGINAL
+
+
+def remedy_on_the_hub(name: str, key: str = "model") -> str:
+    """What to do with a hub name whose checkpoint is in the original format, which is read from a folder alone."""
+    folder = name.split("/")[-1]
+    return f"hf download {name} --local-dir {folder}, then --{key} {folder}; or --{key} deepseek-community/{folder}"

@@ -28,6 +28,7 @@ from stage_grpo.checkpoints.shards import (
     weight_files,
     write_tensors,
 )
+from stage_grpo.checkpoints.template import trained_template
 
 KEPT = "original_only.safetensors"
 """What only the original format has, kept beside converted weights for the way back."""
@@ -243,6 +244,7 @@ def _finish(job: _Job, to: str) -> None:
         job.work,
         format=to,
         source=describe([*job.files, *small]),
+        prompt_template=trained_template(job.source),
         num_source_tensors=len(job.seen),
         num_tensors=len(job.writer.names),
         num_values_by_dtype=job.writer.dtypes,

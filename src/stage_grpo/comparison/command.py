@@ -33,9 +33,10 @@ def main_compare(program: str, words: list[str]) -> str:
     parser.add_argument("--published", action="store_true", help="show published results beside")
     parser.add_argument("--unpaired", action="store_true", help="resample each side by itself")
     parser.add_argument("--names", help="names of the files, joined by commas")
-    parser.add_argument("--out", type=Path, help="also write a file: .md, .html or .json")
+    parser.add_argument("--out", help="also write a file: .md, .html or .json")
     options = parser.parse_args(words)
-    write = _writer(options.out) if options.out else None
+    out = Path(options.out).expanduser() if options.out else None
+    write = _writer(out) if out else None
     paths = [Path(name) for name in options.files]
     names = _names(paths, options.names)
     sides = [Side(name, Scores.load(path)) for name, path in zip(names, paths)]
@@ -43,10 +44,10 @@ def main_compare(program: str, words: list[str]) -> str:
         sides, measure=options.measure, paired=not options.unpaired, with_published=options.published
     )
     text = to_text(comparison)
-    if write is None:
+    if out is None or write is None:
         return text
-    _write(options.out, write(comparison))
-    return f"{text}\n\nwrote {options.out}"
+    _write(out, write(comparison))
+    return f"{text}\n\nwrote {out}"
 
 
 def _writer(out: Path) -> Callable[[Comparison], str]:

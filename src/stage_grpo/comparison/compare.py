@@ -11,10 +11,19 @@ from typing import Any
 
 from stage_grpo.benchmarks import Benchmark, get_benchmark
 from stage_grpo.comparison.published import PublishedRow, published_rows
-from stage_grpo.evaluation.scores import Scores, clusters, compare, measured, selections, strata, table_lines
+from stage_grpo.evaluation.scores import (
+    Scores,
+    check_benchmark,
+    check_pairs,
+    clusters,
+    compare,
+    measured,
+    selections,
+    strata,
+    table_lines,
+)
 from stage_grpo.evaluation.statistics import Difference, Estimate, unpaired_difference
 
-_REMEDY = "generate both from the same prompts with the same number of images, or add --unpaired."
 _MODEL = ("model", "checkpoint", "image_set")
 _ABSENT = "not recorded"
 
@@ -168,30 +177,9 @@ def _check_sides(sides: Sequence[Side], paired: bool) -> Benchmark:
         raise ValueError(f"there is {len(sides)} score file to compare; give two or more.")
     first, *others = sides
     for side in others:
-        if side.scores.benchmark != first.scores.benchmark:
-            both = f"{first.name} is of {first.scores.benchmark!r} and {side.name} of {side.scores.benchmark!r}"
-            raise ValueError(f"{both}; compare scores of one benchmark.")
-        if paired:
-            _check_pairs(first, side)
+        check = check_pairs if paired else check_benchmark
+        check(first.scores, side.scores, (first.name, side.name))
     return get_benchmark(first.scores.benchmark)
-
-
-def _check_pairs(first: Side, other: Side) -> None:
-    """Refuse sides whose images do not belong to the same places of the same prompts.
-
-    Raises:
-        ValueError: The prompts or the numbers of images differ.
-    """
-    left, right = first.scores.per_image, other.scores.per_image
-    for a, b in zip(left, right):
-        if any(a[key] != b[key] for key in ("index", "sample", "prompt")):
-            both = " and ".join(
-                f"{side.name} {record['path']} of {record['prompt']!r}" for side, record in ((first, a), (other, b))
-            )
-            raise ValueError(f"{both} do not pair; {_REMEDY}")
-    if len(left) != len(right):
-        counts = f"{first.name} has {len(left)} images and {other.name} {len(right)}"
-        raise ValueError(f"{counts}, so they do not pair; {_REMEDY}")
 
 
 def _measures(sides: Sequence[Side], benchmark: Benchmark, wanted: str | None) -> tuple[list[str], list[str]]:
@@ -259,8 +247,9 @@ def _doubts(sides: Sequence[Side]) -> list[str]:
             notes.append(f"{side.name} does not record how its images were made: guidance, seed and the like.")
         if side.scores.partial:
             found = side.scores.problems
+            count = side.scores.settings.get("num_problems", len(found))
             first = f": {found[0]}" if found else ""
-            notes.append(f"{side.name} is scored in spite of {len(found)} problems with its images{first}")
+            notes.append(f"{side.name} is scored in spite of {count} problems with its images{first}")
         for measure, count in side.scores.num_unscored.items():
             if count:
                 notes.append(f"{side.name} has {count} images that {measure} could not score; they are left out.")

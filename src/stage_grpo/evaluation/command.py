@@ -30,13 +30,14 @@ def main_evaluate(program: str, words: Sequence[str]) -> str:
     """
     options = _parser(program).parse_args(list(words))
     out = Path(options.out).expanduser() if options.out else None
-    cache = out and out.with_name(f"{out.name}.partial")
     if out is not None and (out.is_dir() or out.suffix != ".json"):
         raise ValueError(f"--out {out} must be a file ending in .json, e.g. scores.json")
+    cache = out and out.with_name(f"{out.name}.partial")
     scores = evaluate(
         options.benchmark,
         Path(options.images).expanduser(),
         prompts=options.prompts and Path(options.prompts).expanduser(),
+        categories=options.categories,
         num_images=options.num_images,
         measures=options.measures and [name.strip() for name in options.measures.split(",") if name.strip()],
         reward_options=_reward_options(options.reward_options),
@@ -46,12 +47,11 @@ def main_evaluate(program: str, words: Sequence[str]) -> str:
         diversity_space=options.diversity,
         cache_dir=cache,
     )
-    table = format_table(scores)
     if out is None or cache is None:
-        return table
+        return format_table(scores)
     scores.save(out)
     shutil.rmtree(cache, ignore_errors=True)
-    return f"{table}\nwrote {out}"
+    return f"{format_table(scores)}\nwrote {out}"
 
 
 def _parser(program: str) -> ArgumentParser:
@@ -60,6 +60,7 @@ def _parser(program: str) -> ArgumentParser:
     parser.add_argument("--images", required=True, metavar="DIR", help="the images, as stage generate writes them")
     parser.add_argument("--out", metavar="FILE", help="JSON file to write; a killed evaluation into it goes on")
     parser.add_argument("--prompts", metavar="PATH", help="prompts of the images (official ones, else the set's own)")
+    parser.add_argument("--categories", nargs="+", help="what was generated, if by --categories (all)")
     parser.add_argument("--num-images", type=int, help="images of each prompt (what the set says)")
     parser.add_argument("--measures", metavar="A,B", help="measures to compute (all)")
     parser.add_argument(

@@ -7,12 +7,13 @@ number stands in the table of benchmarks; nothing here knows a particular one.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stage_grpo.benchmark_rows import benchmark_rows
+from stage_grpo.benchmark_rows import benchmark_rows, check_categories
 from stage_grpo.benchmarks import Benchmark, get_benchmark
 from stage_grpo.evaluation.diversity import measure_diversity
 from stage_grpo.evaluation.jobs import Job, plan_jobs
@@ -32,11 +33,27 @@ _SHOWN = ("objects", "colors")
 _PACKAGES = ("stage-grpo", "torch", "transformers", "numpy", "pillow", "scipy", "rapidocr", "onnxruntime")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the rewards said of a set.
+
+    Attributes:
+        records: One an image.
+        missing: What could not be measured, and how to get it.
+        failures: Measure to the reasons why images have no score, counted.
+    """
+
+    records: list[dict[str, Any]]
+    missing: dict[str, str]
+    failures: Mapping[str, Counter[str]]
+
+
 def evaluate(
     benchmark: str | Benchmark,
     images_dir: str | Path,
     *,
     prompts: str | Path | None = None,
+    categories: Sequence[str] | None = None,
     num_images: int | None = None,
     measures: Sequence[str] | None = None,
     reward_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -53,6 +70,7 @@ def evaluate(
         benchmark: Name of a benchmark, or the benchmark itself.
         images_dir: Images in the benchmark's layout, see `stage_grpo.images.layouts`.
         prompts: Prompt file, or folder of them; by default the official prompts, else what the set says of itself.
+        categories: The categories that were generated, where not all were.
         num_images: Images of each prompt; by default what the set says, or what most prompts have.
         measures: Names of the measures to compute; by default all of the benchmark's.
         reward_options: Reward to options, e.g. ``{"deqa": {"url": "http://..."}}``.
@@ -67,34 +85,42 @@ def evaluate(
         Scores with intervals; what lacks its weights, package or server is named in ``missing``.
 
     Raises:
-        ValueError: An unknown benchmark, measure or option, a number out of range, an image set that is not whole
-            (every kind of problem is listed), or nothing that can be measured.
+        ValueError: An unknown benchmark, category, measure or option, a number out of range, an image set that is not
+            whole (every kind of problem is listed), or nothing that can be measured.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    _check_numbers(batch_size=batch_size, num_images=num_images, num_resamples=num_resamples)
     line = get_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
     jobs = plan_jobs(line, measures, reward_options or {})
-    image_set = read_image_set(line, images_dir, _rows(line, prompts), num_images)
+    image_set = read_image_set(line, images_dir, _rows(line, prompts, categories), num_images)
     if not (allow_partial and image_set.images):
         image_set.check_whole()
-    measured_set = _measure(line, jobs, image_set, batch_size, cache_dir)
     settings = {"prompts": _origin(image_set, prompts), "num_resamples": num_resamples, "seed": seed}
+    settings |= _chosen(line, image_set, categories)
+    measured_set = _measure(line, jobs, image_set, batch_size, cache_dir)
     return _summarise(line, jobs, image_set, measured_set, settings, diversity_space)
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1.")
 
 
 def _summarise(
     benchmark: Benchmark,
     jobs: list[Job],
     image_set: ImageSet,
-    measured_set: tuple[list[dict[str, Any]], dict[str, str]],
+    measured_set: Measured,
     settings: dict[str, Any],
     diversity_space: str,
 ) -> Scores:
     """Means and intervals of what was measured, with everything that a reader needs to judge them."""
-    records, missing = measured_set
-    tables, unscored = _tables(benchmark, jobs, records, missing, settings["num_resamples"], settings["seed"])
+    records, missing = measured_set.records, measured_set.missing
+    tables, unscored = _tables(benchmark, jobs, measured_set, settings["num_resamples"], settings["seed"])
     if not tables:
         raise ValueError(_nothing_measured(benchmark, missing))
+    if image_set.problems:
+        settings = {"num_problems": image_set.num_problems, **settings}
     return Scores(
         benchmark=benchmark.name,
         columns=list(benchmark.columns),
@@ -113,23 +139,40 @@ def _summarise(
     )
 
 
-def _rows(benchmark: Benchmark, prompts: str | Path | None) -> list[PromptRow] | None:
+def _rows(
+    benchmark: Benchmark, prompts: str | Path | None, categories: Sequence[str] | None
+) -> list[PromptRow] | None:
     """The prompts, if they are given or the official ones were fetched."""
-    if prompts is not None:
-        return benchmark_rows(benchmark, prompts)
-    if benchmark.prompt_set is None or presence(get_prompt_set(benchmark.prompt_set)) == "missing":
-        return None
-    return benchmark_rows(benchmark)
+    check_categories(benchmark, categories)
+    is_official = benchmark.prompt_set is not None and presence(get_prompt_set(benchmark.prompt_set)) != "missing"
+    return benchmark_rows(benchmark, prompts, categories) if prompts is not None or is_official else None
+
+
+def _chosen(benchmark: Benchmark, image_set: ImageSet, categories: Sequence[str] | None) -> dict[str, Any]:
+    """The setting that says which categories were generated, where not all were.
+
+    Raises:
+        ValueError: The set, which says itself what it holds, holds others too.
+    """
+    if categories is None:
+        return {}
+    others = {image.metadata["tag"] for image in image_set.images} - set(categories)
+    if others:
+        raise ValueError(
+            f"{image_set.folder} also holds images of {', '.join(sorted(others))}, which --categories "
+            f"{' '.join(categories)} leaves out; name them too"
+        )
+    return {"categories": [column for column in benchmark.columns if column in categories]}
 
 
 def _measure(
     benchmark: Benchmark, jobs: list[Job], image_set: ImageSet, batch_size: int, cache_dir: str | Path | None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A record of every image, and what could not be measured."""
+) -> Measured:
     records = [_record(image) for image in image_set.images]
     cache_dir = None if cache_dir is None else Path(cache_dir)
     lacked = [job.lacking() for job in jobs]
     missing = {name: remedy for job, remedy in zip(jobs, lacked) if remedy for name in job.names()}
+    failures: dict[str, Counter[str]] = defaultdict(Counter)
     if all(lacked):
         raise ValueError(_nothing_measured(benchmark, missing))
     for job, remedy in zip(jobs, lacked):
@@ -142,8 +185,9 @@ def _measure(
             missing.update(dict.fromkeys(job.names(), str(error)))
             continue
         for i, outcome in zip(places, outcomes):
-            _fill(records[i], job, outcome)
-    return records, missing
+            for measure, reason in _fill(records[i], job, outcome).items():
+                failures[measure][reason] += 1
+    return Measured(records, missing, failures)
 
 
 def _outcomes(
@@ -163,38 +207,38 @@ def _record(image: SetImage) -> dict[str, Any]:
     return {**place, **about, "scores": {}, "reasons": [], "objects": None}
 
 
-def _fill(record: dict[str, Any], job: Job, outcome: Outcome) -> None:
-    """Write what a reward said of an image into its record."""
-    details = outcome["details"]
+def _fill(record: dict[str, Any], job: Job, outcome: Outcome) -> dict[str, str]:
+    """Write what a reward said of an image into its record; returns by measure why there is no score."""
+    details, failed = outcome["details"], {}
+    who = job.reward or "official code"
     for scorer in job.scorers:
         if scorer.columns is not None and record["tag"] not in scorer.columns:
             continue
         value = outcome["score"] if scorer.detail is None else details.get(scorer.detail)
         record["scores"][scorer.measure] = None if value is None else scorer.scale * float(value)
-    record["reasons"] += details.get("reasons") or []
-    if outcome["reason"] is not None:
-        record["reasons"].append(f"{job.reward or 'official code'}: {outcome['reason']}")
+        if value is None:
+            reason = outcome["reason"] or f"the reward gave no detail {scorer.detail!r}"
+            failed[scorer.measure] = f"{who}: {reason}"
+    given = [] if outcome["reason"] is None else [f"{who}: {outcome['reason']}"]
+    record["reasons"] += [*(details.get("reasons") or []), *dict.fromkeys([*given, *failed.values()])]
     for name in _SHOWN:
         if isinstance(details.get(name), dict):
             record[name] = details[name]
+    return failed
 
 
 def _tables(
-    benchmark: Benchmark,
-    jobs: list[Job],
-    records: list[dict[str, Any]],
-    missing: dict[str, str],
-    num_resamples: int,
-    seed: int,
+    benchmark: Benchmark, jobs: list[Job], measured_set: Measured, num_resamples: int, seed: int
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
     """Every measure's lines with intervals, and how many images it could not score; notes what scored nothing."""
+    records = measured_set.records
     tables, unscored, lines = {}, {}, table_lines(benchmark, records)
     for measure in dict.fromkeys(scorer.measure for job in jobs for scorer in job.scorers):
         asked = [record for record in records if measure in record["scores"]]
-        failed = [record for record in asked if record["scores"][measure] is None]
-        if asked and len(failed) == len(asked):
-            reason, _ = Counter(record["reasons"][-1] for record in failed).most_common(1)[0]
-            missing[measure] = f"no image could be scored ({reason})"
+        num_failed = sum(record["scores"][measure] is None for record in asked)
+        if asked and num_failed == len(asked):
+            reason, _ = measured_set.failures[measure].most_common(1)[0]
+            measured_set.missing[measure] = f"no image could be scored ({reason})"
             continue
         covered = {record["tag"] for record in asked}
         table = {}
@@ -210,7 +254,7 @@ def _tables(
                     seed=seed,
                 )
         if table:
-            tables[measure], unscored[measure] = table, len(failed)
+            tables[measure], unscored[measure] = table, num_failed
     return tables, unscored
 
 

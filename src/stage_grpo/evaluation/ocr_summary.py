@@ -12,7 +12,8 @@ from stage_grpo.benchmarks import get_benchmark
 from stage_grpo.command_line import ArgumentParser
 from stage_grpo.evaluation.evaluate import evaluate
 from stage_grpo.evaluation.score_table import format_table
-from stage_grpo.evaluation.scores import Scores
+from stage_grpo.evaluation.scores import Scores, measured
+from stage_grpo.evaluation.statistics import stratified_mean
 from stage_grpo.images.files import write_whole
 from stage_grpo.rewards.ocr import ENGINES
 
@@ -52,8 +53,8 @@ def main_ocr_score(program: str, words: Sequence[str]) -> str:
     _write_csv(out, scores)
     there = {record["index"] for record in scores.per_image}
     missing = [index for index in range(len(rows)) if index not in there]
-    mean = "nan" if scores.overall is None else f"{scores.overall:.4f}"
-    lines = [f"[OCR] Samples={scores.num_images}, Missing={len(missing)}, AvgScore={mean}"]
+    mean = stratified_mean(measured(scores.per_image, "ocr"))  # over all samples, whichever lengths there are
+    lines = [f"[OCR] Samples={scores.num_images}, Missing={len(missing)}, AvgScore={mean:.4f}"]
     lines += [f"[OCR] Missing indices (first {_NUM_LISTED}): {missing[:_NUM_LISTED]}"] if missing else []
     return "\n".join([*lines, format_table(scores), f"wrote {out}"])
 
@@ -65,7 +66,7 @@ def _parser(program: str) -> ArgumentParser:
     parser.add_argument("--output_csv", default="ocr_scores.csv", metavar="FILE", help="file to write (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="images read at a time (%(default)s)")
     parser.add_argument("--ocr_base_root", help="not needed here; refused")
-    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what reads (%(default)s)")
+    parser.add_argument("--engine", choices=ENGINES, default=next(iter(ENGINES)), help="what reads (%(default)s)")
     parser.add_argument(
         "--substring_match", action="store_true", help="text found anywhere counts in full, as in the released code"
     )

@@ -54,6 +54,6 @@ def _cell(scores: Scores, measure: str, name: str) -> str:
     value = scores.scores[measure].get(name)
     if value is None:
         return "-"
-    low, high = scores.ci95[measure][name]
     digits = 3 if abs(value) < 10 else 2
-    return f"{value:.{digits}f}  [{low:.{digits}f}, {high:.{digits}f}]"
+    low, high = ("-" if bound is None else f"{bound:.{digits}f}" for bound in scores.ci95[measure][name])
+    return f"{value:.{digits}f}  [{low}, {high}]"

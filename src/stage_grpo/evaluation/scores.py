@@ -17,7 +17,7 @@ from stage_grpo.images.files import write_whole
 
 OVERALL = "overall"
 HELDOUT = "heldout"
-_PAIRS = "generate both sides from the same prompt file with the same number of images."
+_REMEDY = "generate both from the same prompts with the same number of images, or compare them by --unpaired."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Scores:
             path: The file, e.g. ``scores.json``; its folder is made if need be.
         """
         path = Path(path)
-        records = path.with_suffix(".per_image.jsonl")
+        records = records_file(path)
         lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in self.per_image)
         write_whole(records, "".join(lines).encode())
         content = {name: value for name, value in vars(self).items() if name != "per_image"}
@@ -119,6 +119,11 @@ class Scores:
             raise ValueError(f"{path} holds no scores ({reason}); write them with `stage evaluate`.") from error
 
 
+def records_file(path: Path) -> Path:
+    """The file of the images' records beside a file of scores."""
+    return path.with_suffix(".per_image.jsonl")
+
+
 def compare(
     before: Scores, after: Scores, measure: str | None = None, *, num_resamples: int = 4000, seed: int = 0
 ) -> dict[str, Difference]:
@@ -142,7 +147,7 @@ def compare(
     for side, scores in (("before", before), ("after", after)):
         if measure not in scores.scores:
             raise ValueError(f"{side} has no measure {measure!r}; it has {', '.join(scores.scores)}.")
-    _check_pairs(before, after)
+    check_pairs(before, after)
     benchmark = get_benchmark(before.benchmark)
     differences = {}
     for name, members in table_lines(benchmark, before.per_image).items():
@@ -156,16 +161,36 @@ def compare(
     return differences
 
 
-def _check_pairs(before: Scores, after: Scores) -> None:
-    if before.benchmark != after.benchmark:
-        raise ValueError(f"before is of {before.benchmark!r} and after of {after.benchmark!r}: evaluate both on one.")
+def check_pairs(before: Scores, after: Scores, names: tuple[str, str] = ("before", "after")) -> None:
+    """Refuse scores whose images do not belong to the same places of the same prompts of one benchmark.
+
+    Args:
+        before: Scores of one model.
+        after: Scores of the other.
+        names: What the message calls them.
+
+    Raises:
+        ValueError: The benchmarks, the prompts or the numbers of images differ.
+    """
+    check_benchmark(before, after, names)
     for left, right in zip(before.per_image, after.per_image):
         if any(left[key] != right[key] for key in ("index", "sample", "prompt")):
-            raise ValueError(
-                f"{left['path']} ({left['prompt']!r}) pairs with {right['path']} ({right['prompt']!r}): {_PAIRS}"
-            )
+            both = (f"{name} {record['path']} of {record['prompt']!r}" for name, record in zip(names, (left, right)))
+            raise ValueError(f"{' and '.join(both)} do not pair; {_REMEDY}")
     if len(before.per_image) != len(after.per_image):
-        raise ValueError(f"{len(before.per_image)} images before and {len(after.per_image)} after: {_PAIRS}")
+        counts = f"{names[0]} has {len(before.per_image)} images and {names[1]} {len(after.per_image)}"
+        raise ValueError(f"{counts}, so they do not pair; {_REMEDY}")
+
+
+def check_benchmark(before: Scores, after: Scores, names: tuple[str, str]) -> None:
+    """Refuse scores of different benchmarks.
+
+    Raises:
+        ValueError: They are.
+    """
+    if before.benchmark != after.benchmark:
+        both = f"{names[0]} is of {before.benchmark!r} and {names[1]} of {after.benchmark!r}"
+        raise ValueError(f"{both}; compare scores of one benchmark.")
 
 
 def selections(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
@@ -194,14 +219,13 @@ def table_lines(benchmark: Benchmark, records: list[dict[str, Any]]) -> dict[str
         records: Records of images.
 
     Returns:
-        The lines of `selections`, without those that have no image, and without means over categories of which one
-        has none: the mean of the others would pass for the benchmark's own.
+        The lines of `selections`, without those of which a category has no image: the mean of the others would pass
+        for the benchmark's own.
     """
     lines = {}
     for name, columns in selections(benchmark).items():
         members = [i for i, record in enumerate(records) if record["tag"] in columns]
-        num_columns = len({records[i]["tag"] for i in members})
-        if num_columns == len(columns) or (members and benchmark.overall == "images"):
+        if {records[i]["tag"] for i in members} == set(columns):
             lines[name] = members
     return lines
 

@@ -47,6 +47,11 @@ def checkpoint_sha256(model: str | Path, base: str | Path | None = None) -> str:
     return _digest([*described, f"base {checkpoint_sha256(base or named)}"])
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint folder that hold weights, an adapter's included."""
+    return _files(folder, _WEIGHTS)
+
+
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 

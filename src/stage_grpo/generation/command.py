@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +11,7 @@ from stage_grpo.benchmark_rows import benchmark_rows
 from stage_grpo.benchmarks import BENCHMARKS, get_benchmark
 from stage_grpo.command_line import ArgumentParser
 from stage_grpo.data import load_rows
-from stage_grpo.images.generated_set import GENERATION
-from stage_grpo.images.layouts import LAYOUTS, side_folder
+from stage_grpo.images.layouts import LAYOUTS
 from stage_grpo.types import PromptRow
 
 if TYPE_CHECKING:
@@ -43,13 +41,12 @@ def main_generate(program: str, words: list[str]) -> str:
     layout, num_images = _arrangement(options)
     _sampling(options, 5.0)  # wrong values end before loading
     process, num_processes = _share()
-    if options.overwrite:
-        _remove_set(Path(options.out), num_processes)
+    out = Path(options.out).expanduser()
 
     from stage_grpo.generation.generate import check_folder, generate
     from stage_grpo.generation.pipeline import ImagePipeline, find_checkpoint
 
-    check_folder(Path(options.out), layout)
+    check_folder(out, layout, options.overwrite, num_processes)
     model = find_checkpoint(options.model)
     pipeline = ImagePipeline.from_pretrained(model, options.dtype, _device(), options.prompt_template)
     _check_image_size(pipeline, options.image_size)
@@ -57,7 +54,7 @@ def main_generate(program: str, words: list[str]) -> str:
         pipeline.policy,
         pipeline.tokenizer,
         rows,
-        options.out,
+        out,
         _sampling(options, pipeline.default_guidance_scale),
         num_images=num_images,
         seed=options.seed,
@@ -66,6 +63,7 @@ def main_generate(program: str, words: list[str]) -> str:
         layout=layout,
         model=model,
         share=(process, num_processes),
+        overwrite=options.overwrite,
     )
     who = "" if num_processes == 1 else f"process {process} of {num_processes}: "
     kept = f", {done.num_kept} were there" if done.num_kept else ""
@@ -81,7 +79,7 @@ def _parser(program: str) -> ArgumentParser:
     parser.add_argument("--benchmark", choices=sorted(BENCHMARKS), help="take a benchmark's prompts and protocol")
     parser.add_argument("--categories", nargs="+", help="with --benchmark: only these of its categories")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew; what --out holds of a set is deleted")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew; the set in --out is deleted")
     parser.add_argument(
         "--layout", choices=sorted(LAYOUTS), help="arrangement of files (the benchmark's, else geneval)"
     )
@@ -105,21 +103,12 @@ def _rows(options: Namespace) -> list[PromptRow]:
     if options.categories and not options.benchmark:
         raise ValueError(f"--categories {' '.join(options.categories)} needs --benchmark, whose categories they are")
     if options.benchmark:
-        return _chosen(benchmark_rows(get_benchmark(options.benchmark), options.prompts), options)
+        return benchmark_rows(get_benchmark(options.benchmark), options.prompts, options.categories)
     if options.prompts:
         return load_rows(options.prompts)
     if options.prompt is None:
         raise ValueError("one of the arguments --prompt --prompts --benchmark is required")
     return [PromptRow(options.prompt, {})]
-
-
-def _chosen(rows: list[PromptRow], options: Namespace) -> list[PromptRow]:
-    if not options.categories:
-        return rows
-    columns = get_benchmark(options.benchmark).columns
-    if unknown := sorted(set(options.categories) - set(columns)):
-        raise ValueError(f"--categories {' '.join(unknown)}: {options.benchmark} has only {', '.join(columns)}")
-    return [row for row in rows if row.metadata["tag"] in options.categories]
 
 
 def _arrangement(options: Namespace) -> tuple[str, int]:
@@ -163,15 +152,3 @@ def _check_image_size(pipeline: ImagePipeline, image_size: int | None) -> None:
         raise ValueError(
             f"image_size={image_size}: this model draws {size} px; use another checkpoint, or --image-size {size}"
         )
-
-
-def _remove_set(out: Path, num_processes: int) -> None:
-    """Delete a set that was begun here, and nothing else."""
-    if num_processes > 1:
-        raise ValueError(
-            f"--overwrite with {num_processes} processes: one would delete what another writes; delete {out}"
-        )
-    sides = {out.with_name(side_folder(layout, out.name)) for layout in LAYOUTS.values()}
-    if any((side / GENERATION).is_file() for side in sides):
-        for folder in {out, *(side for side in sides if (side / GENERATION).is_file())}:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -25,10 +25,12 @@ from jaxtyping import Int
 from PIL import Image
 from tqdm.auto import tqdm
 
+from stage_grpo.evaluation.score_files import set_scores_aside
 from stage_grpo.generation.checkpoint_hash import checkpoint_sha256
 from stage_grpo.images.files import remove_leftovers
-from stage_grpo.images.generated_set import GENERATION, GeneratedSet, claim
+from stage_grpo.images.generated_set import GeneratedSet, claim
 from stage_grpo.images.layouts import LAYOUTS, plan_images, side_folder
+from stage_grpo.images.set_files import GENERATION, begun_layouts, remove_set
 from stage_grpo.policy.base import ImagePolicy
 from stage_grpo.rollout import bytes_per_row, decode_images, memory_budget, rollout
 from stage_grpo.sampling import Sampling, image_uniforms
@@ -128,10 +130,9 @@ def generate(
     layout: str = "geneval",
     model: str | Path | None = None,
     share: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
 ) -> Generated:
     """Generate images of prompts into a folder, or go on with a folder that was begun with the same settings.
-
-    Image ``k`` of prompt ``i`` is drawn from the stream ``(seed, i, k)``.
 
     Args:
         policy: The policy, on the device to use.
@@ -140,47 +141,62 @@ def generate(
         out: Folder to write.
         sampling: Guidance, temperature and truncation.
         num_images: Images of each prompt.
-        seed: Seed of the run.
+        seed: Seed of the run; image ``k`` of prompt ``i`` is drawn from the stream ``(seed, i, k)``.
         batch_size: Images of a tile; by default the folder's, else what memory allows, at most ``MAX_BATCH_SIZE``.
         prompt_template: A name in ``PROMPT_TEMPLATES``.
         layout: A name in ``LAYOUTS``.
         model: Where the policy was loaded from, recorded with its checksum; None for a policy in memory.
         share: Which process this is, from 0, and how many share the work. Tiles go round.
+        overwrite: Begin anew: delete the set that was begun in the folder, once nothing else can be refused.
 
     Raises:
         ValueError: If the folder holds something else or was begun with other settings, a prompt is empty or there are
             none, a number is out of range, or a batch does not fit into the GPU's memory.
     """
-    prompt_ids = policy.encode_prompts(tokenizer, [row.prompt for row in rows], prompt_template)
     _check_numbers(rows, num_images, seed, batch_size)
+    prompt_ids = policy.encode_prompts(tokenizer, [row.prompt for row in rows], prompt_template)
     plan, out = plan_images(LAYOUTS[layout], rows, num_images), Path(out)
-    check_folder(out, layout)
-    longest = max(map(len, prompt_ids))
+    check_folder(out, layout, overwrite, share[1])
+    size = batch_size or _fitting(policy, sampling, max(map(len, prompt_ids)))
     settings = {"layout": layout, "seed": seed, "num_images": num_images, "sampling": dataclasses.asdict(sampling)}
-    settings |= {"prompt_template": prompt_template, "batch_size": batch_size or _fitting(policy, sampling, longest)}
-    settings |= {**_origin(policy, model), "prompts": _sha256_of_rows(rows)}
-    side = out.with_name(side_folder(LAYOUTS[layout], out.name))
-    images = GeneratedSet(out, LAYOUTS[layout], plan, claim(side, settings, () if batch_size else ("batch_size",)))
-    written, kept = _fill(policy, prompt_ids, images, sampling, share)
-    return Generated(out, written, kept, images.complete(_codebook(policy)))
+    settings |= {"prompt_template": prompt_template, "batch_size": size, **_origin(policy, model, rows)}
+    if overwrite:
+        _remove_former(out)
+    begun = claim(side_folder(LAYOUTS[layout], out), settings, () if batch_size else ("batch_size",))
+    images = GeneratedSet(out, LAYOUTS[layout], plan, begun)
+    return Generated(out, *_fill(policy, prompt_ids, images, sampling, share), images.complete(_codebook(policy)))
 
 
-def check_folder(out: Path, layout: str) -> None:
+def check_folder(out: Path, layout: str, overwrite: bool = False, num_processes: int = 1) -> None:
     """Refuse to write among files of another origin.
 
     Args:
         out: Folder to write.
         layout: A name in ``LAYOUTS``.
+        overwrite: Whether a set that was begun there, in any layout, is to be deleted.
+        num_processes: How many share the work.
 
     Raises:
-        ValueError: If it is a file, or holds something and is no generated set.
+        ValueError: If it is a file, holds something and is no generated set, or several processes would delete it.
     """
+    if overwrite and num_processes > 1:
+        raise ValueError(
+            f"--overwrite with {num_processes} processes: one would delete what another writes; delete {out}"
+        )
     if out.is_file():
         raise ValueError(f"out={str(out)!r} is a file; name a folder, which need not exist")
     foreign = out.is_dir() and any(".partial" not in path.name for path in out.iterdir())
     # Looked for last: another process may be creating the set right now.
-    if foreign and not (out.with_name(side_folder(LAYOUTS[layout], out.name)) / GENERATION).is_file():
+    is_begun = (side_folder(LAYOUTS[layout], out) / GENERATION).is_file() or (overwrite and begun_layouts(out))
+    if foreign and not is_begun:
         raise ValueError(f"out={str(out)!r} is not empty and no set in the making; choose another folder or remove it")
+
+
+def _remove_former(out: Path) -> None:
+    """Delete the set that was begun in a folder, if any, and rename its scores: nothing may take them for new ones."""
+    if begun_layouts(out):
+        set_scores_aside(out)
+        remove_set(out)
 
 
 def _fill(
@@ -224,7 +240,7 @@ def _check_numbers(rows: Sequence[PromptRow], num_images: int, seed: int, batch_
         )
 
 
-def _origin(policy: ImagePolicy, model: str | Path | None) -> dict[str, Any]:
+def _origin(policy: ImagePolicy, model: str | Path | None, rows: Sequence[PromptRow]) -> dict[str, Any]:
     """What made the images, as far as it decides their bits."""
     return {
         "dtype": str(policy.get_output_embeddings().weight.dtype).removeprefix("torch."),
@@ -233,6 +249,7 @@ def _origin(policy: ImagePolicy, model: str | Path | None) -> dict[str, Any]:
         "image_size": policy.image_size,
         "device": torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else "cpu",
         "versions": {name: version(name) for name in _PACKAGES},
+        "prompts": _sha256_of_rows(rows),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from stage_grpo.checkpoints.template import trained_template
+from stage_grpo.generation.checkpoint_hash import weight_files
 from stage_grpo.generation.generate import BAR_FORMAT, MAX_BATCH_SIZE, sample_tile
 from stage_grpo.policy import ImagePolicy, load_policy, load_tokenizer
 from stage_grpo.policy.adapters import is_adapter
-from stage_grpo.run_checkpoints import newest_whole
+from stage_grpo.run_checkpoints import MANIFEST, newest_whole
 from stage_grpo.sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_GUIDANCE_SCALE = 5.0
 """Guidance of a checkpoint that names none."""
@@ -132,6 +137,8 @@ class ImagePipeline:
 def find_checkpoint(model: str | Path) -> str:
     """Where a model's weights are: the folder itself, or the newest whole checkpoint of a run that did not end.
 
+    A run that ended and was continued since has final weights of its earlier end and newer checkpoints.
+
     Args:
         model: Folder or hub name.
 
@@ -142,24 +149,34 @@ def find_checkpoint(model: str | Path) -> str:
         ValueError: If the folder is a run's and none of its checkpoints is whole.
     """
     folder = Path(model)
-    if not folder.is_dir() or (folder / "config.json").is_file() or is_adapter(folder):
+    if not folder.is_dir():
+        return str(model)
+    is_final = (folder / "config.json").is_file() or is_adapter(folder)
+    if is_final and not any(_is_newer(path.parent, folder) for path in folder.glob(f"checkpoint-*/{MANIFEST}")):
         return str(model)
     newest, skipped = newest_whole(folder)
-    if newest is None and skipped:
+    if newest is None and skipped and not is_final:
         defects = "; ".join(f"{path.name} {defect}" for path, defect in skipped.items())
         raise ValueError(f"model={str(model)!r} holds no final weights and no whole checkpoint: {defects}; train on")
+    for path, defect in skipped.items():
+        logger.warning("%s %s; passed over", path, defect)
+    if is_final:
+        newest = newest if newest is not None and _is_newer(newest, folder) else None
+        logger.warning(
+            "%s was trained on after its final weights were written; drawing from %s", model, newest or model
+        )
     return str(newest or model)
 
 
-def trained_template(model: str | Path) -> str | None:
-    """Prompt template that a run was trained with, or None if the folder is no run's.
+def _is_newer(checkpoint: Path, final: Path) -> bool:
+    """Whether a checkpoint was sealed after final weights were written.
 
-    Args:
-        model: A run's folder or one of its checkpoints, or any other model.
+    By its own record and by the file's time: copying changes the one, and clocks of two machines differ in the other.
     """
-    folder = Path(model)
-    record = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+    manifest = checkpoint / MANIFEST
+    written_at = max((path.stat().st_mtime_ns for path in weight_files(final)), default=0)
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["config"]["prompt_template"]
+        sealed_at = int(json.loads(manifest.read_text(encoding="utf-8"))["written_at"])
+        return min(sealed_at, manifest.stat().st_mtime_ns) > written_at
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False

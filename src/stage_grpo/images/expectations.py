@@ -67,9 +67,12 @@ def expected_images(
     if rows is not None:
         return _from_rows(benchmark, files, rows, num_images, problems), "prompts"
     if files.manifest is not None:
-        return _from_manifest(benchmark, files, files.manifest, problems), "manifest"
+        images = _from_manifest(benchmark, files, files.manifest, problems)
+        if num_images is not None:
+            _check_counts(files, images, num_images, f"--num-images says {num_images}", problems)
+        return images, "manifest"
     if LAYOUTS[benchmark.layout].describes_prompts:
-        return _from_folders(benchmark, files, problems), "folders"
+        return _from_folders(benchmark, files, num_images, problems), "folders"
     fetch = f"get the official ones by: stage data fetch {benchmark.prompt_set}" if benchmark.prompt_set else ""
     raise ValueError(
         f"{files.root} does not say what its images were made from (no {files.side / MANIFEST}); give their prompts "
@@ -117,7 +120,11 @@ def _check_number(num_rows: int, files: SetFiles, has_folders: bool, problems: P
     else:
         return
     if num_found != num_rows:
-        problems.add("number of prompts", f"{files.root}: {num_found} {what} for {num_rows} prompts; generate all")
+        problems.add(
+            "number of prompts",
+            f"{files.root}: {num_found} {what} for {num_rows} prompts; generate all, or say by --categories or "
+            "--prompts which ones were",
+        )
 
 
 def _check_folders(files: SetFiles, rows: Sequence[PromptRow], problems: Problems) -> set[int]:
@@ -197,7 +204,9 @@ def _description(benchmark: Benchmark, files: SetFiles, name: str, problems: Pro
     return read_description(folder, benchmark.columns, problems)
 
 
-def _from_folders(benchmark: Benchmark, files: SetFiles, problems: Problems) -> list[ExpectedImage]:
+def _from_folders(
+    benchmark: Benchmark, files: SetFiles, num_images: int | None, problems: Problems
+) -> list[ExpectedImage]:
     names = files.prompt_folders
     if not names:
         raise ValueError(
@@ -218,7 +227,11 @@ def _from_folders(benchmark: Benchmark, files: SetFiles, problems: Problems) -> 
             ExpectedImage(path, int(name), int(path.stem), told["prompt"], told, is_usable=metadata is not None)
             for path in paths
         ]
-    _check_evenness(files, images, problems)
+    if num_images is not None:
+        _check_counts(files, images, num_images, f"--num-images says {num_images}", problems)
+    elif images:
+        (usual, _), *_ = Counter(Counter(image.index for image in images).values()).most_common(1)
+        _check_counts(files, images, usual, f"most have {usual}", problems)
     return images
 
 
@@ -227,10 +240,9 @@ def _is_sample(path: PurePosixPath, name: str) -> bool:
     return is_numbered and path.parent == PurePosixPath(name, "samples")
 
 
-def _check_evenness(files: SetFiles, images: list[ExpectedImage], problems: Problems) -> None:
-    """Prompts with another number of images than most: the sign of an interrupted generation."""
-    counts = Counter(image.path.parent for image in images)
-    usual = Counter(counts.values()).most_common(1)
-    for folder, count in counts.items():
-        if count != usual[0][0]:
-            problems.add("uneven", f"{files.root / folder}: {count} images where most prompts have {usual[0][0]}")
+def _check_counts(files: SetFiles, images: list[ExpectedImage], expected: int, why: str, problems: Problems) -> None:
+    """Note prompts with another number of images than expected: the sign of an interrupted generation."""
+    counts = Counter((image.index, image.prompt) for image in images)
+    for (index, prompt), count in counts.items():
+        if count != expected:
+            problems.add("uneven", f"{files.root}: prompt {index} ({prompt!r}) has {count} images; {why}")

@@ -10,17 +10,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stage_grpo.images.problems import Problems
+from stage_grpo.images.set_files import read_description
 from stage_grpo.types import Metadata
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PromptFolder:
     Attributes:
         name: The folder's name, e.g. "00012".
         metadata: What the prompt asks for; holds "prompt" and whatever the benchmark needs ("tag").
-        images: Paths of the images, sorted by name.
+        images: Paths of the images, in the order of their names, numbers in them as numbers.
     """
 
     name: str
@@ -52,27 +53,29 @@ def read_prompt_folders(images_dir: Path) -> list[PromptFolder]:
     Raises:
         ValueError: The folder is missing or empty, or holds missing or unreadable metadata, unreadable or torn
             images, prompts with fewer images than the others, or gaps in the numbering. The message lists the first
-            ten problems.
+            few problems of every kind.
     """
     images_dir = Path(images_dir)
     if not images_dir.is_dir():
         raise ValueError(f"{images_dir} is not a folder; generate images first, or correct the path.")
-    paths = sorted(p for p in images_dir.iterdir() if p.is_dir() and p.name.isdigit())
+    paths = sorted((p for p in images_dir.iterdir() if p.is_dir() and p.name.isdecimal()), key=natural_order)
     if not paths:
         raise ValueError(
             f"{images_dir} holds no prompt folders; expected {images_dir / '00000'} with metadata.jsonl and"
             " samples/00000.png, and so on."
         )
-    problems = _gaps(paths)
+    problems = Problems()
+    _check_gaps(paths, problems)
     folders = []
     for path in paths:
-        metadata = _read_metadata(path / "metadata.jsonl", problems)
+        metadata = read_description(path, None, problems)
         images = _readable_images(path / "samples", problems)
         if metadata is not None and images:
             folders.append(PromptFolder(path.name, metadata, images))
-    problems += _uneven(folders)
-    if problems:
-        raise ValueError(_listing(images_dir, problems))
+    _check_evenness(folders, problems)
+    if len(problems):
+        listed = "\n".join(f"  {problem}" for problem in problems.lines())
+        raise ValueError(f"{images_dir} cannot be evaluated, {len(problems)} problem(s):\n{listed}")
     return folders
 
 
@@ -96,55 +99,37 @@ def load_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: {reason}; generate this image again.") from error
 
 
-def _gaps(paths: list[Path]) -> list[str]:
-    numbers = {int(p.name) for p in paths}
-    missing = sorted(set(range(max(numbers) + 1)) - numbers)
-    return [f"{paths[0].parent / f'{number:05d}'}: missing; generate the prompts again" for number in missing]
+def natural_order(path: Path) -> tuple[str, str]:
+    """A key to sort names by, with numbers of equal width: no name has more than 255 letters."""
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(255), path.name), path.name
 
 
-def _read_metadata(path: Path, problems: list[str]) -> Metadata | None:
-    """The one JSON object of the file, or None after noting what is wrong."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        metadata = json.loads(lines[0]) if len(lines) == 1 else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        problems.append(f"{path}: {reason}")
-        return None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
-        problems.append(f'{path}: expected one JSON object with "prompt" on one line')
-        return None
-    return metadata
+def _check_gaps(paths: list[Path], problems: Problems) -> None:
+    numbers = {int(path.name) for path in paths}
+    for number in sorted(set(range(max(numbers) + 1)) - numbers):
+        problems.add("gap", f"{paths[0].parent / f'{number:05d}'}: missing; generate the prompts again")
 
 
-def _readable_images(samples: Path, problems: list[str]) -> tuple[Path, ...]:
+def _readable_images(samples: Path, problems: Problems) -> tuple[Path, ...]:
     """Paths of the images that decode; notes those that do not."""
-    paths = sorted(p for p in samples.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted((p for p in samples.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
     if not paths:
-        problems.append(f"{samples}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        problems.add("no image", f"{samples}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
     readable = []
     for path in paths:
         try:
             load_image(path)
             readable.append(path)
         except ValueError as error:
-            problems.append(str(error))
+            problems.add("unreadable", str(error))
     return tuple(readable)
 
 
-def _uneven(folders: list[PromptFolder]) -> list[str]:
-    """Prompts with another number of images than most: the sign of an interrupted generation."""
-    if not folders:
-        return []
-    usual, _ = Counter(len(folder.images) for folder in folders).most_common(1)[0]
-    return [
-        f"{folder.images[0].parent}: {len(folder.images)} images where most prompts have {usual}"
-        for folder in folders
-        if len(folder.images) != usual
-    ]
-
-
-def _listing(images_dir: Path, problems: list[str]) -> str:
-    shown = "\n".join(f"  {problem}" for problem in problems[:_MAX_LISTED])
-    more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-    return f"{images_dir} cannot be evaluated, {len(problems)} problem(s):\n{shown}{more}"
+def _check_evenness(folders: list[PromptFolder], problems: Problems) -> None:
+    """Note prompts with another number of images than most: the sign of an interrupted generation."""
+    usual = Counter(len(folder.images) for folder in folders).most_common(1)
+    for folder in folders:
+        count = len(folder.images)
+        if count != usual[0][0]:
+            place = folder.images[0].parent
+            problems.add("uneven", f"{place}: {count} images where most prompts have {usual[0][0]}")

@@ -27,10 +27,8 @@ from tqdm.auto import tqdm
 from stage_grpo.images.files import encode_codes, partial_path, read_whole, save_image, write_whole
 from stage_grpo.images.folders import load_image
 from stage_grpo.images.layouts import ImageLayout, PlannedImage, side_folder
+from stage_grpo.images.set_files import CODEBOOK, GENERATION, MANIFEST
 
-GENERATION = "generation.json"
-MANIFEST = "manifest.jsonl"
-CODEBOOK = "codebook.safetensors"
 _DECIDING = ("sampling", "prompt_template", "dtype", "checkpoint")
 """Settings that every image and every line of the manifest carry."""
 _REMEDY = "name another --out, or give --overwrite to begin anew"
@@ -55,7 +53,7 @@ class GeneratedSet:
     @property
     def side(self) -> Path:
         """Folder of everything but images and what belongs to one prompt."""
-        return self.folder.with_name(side_folder(self.layout, self.folder.name))
+        return side_folder(self.layout, self.folder)
 
     def save(self, planned: PlannedImage, image: Image.Image, codes: Int[np.ndarray, " T"]) -> None:
         """Write one image.
@@ -144,8 +142,8 @@ class GeneratedSet:
     def _recorded_hashes(self) -> dict[str, str]:
         """Checksums of the files as the manifest has them, if there is one: a JPEG has none of its own."""
         try:
-            lines = (self.side / MANIFEST).read_text(encoding="utf-8").splitlines()
-            return {entry["path"]: entry["sha256"] for entry in map(json.loads, lines)}
+            lines = (self.side / MANIFEST).read_text(encoding="utf-8").split("\n")  # prompts hold other separators
+            return {entry["path"]: entry["sha256"] for entry in map(json.loads, filter(None, lines))}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 

@@ -12,10 +12,12 @@ Source: github.com/djghosh13/geneval, Karine-Huang/T2I-CompBench and tgxs002/HPS
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from stage_grpo.types import PromptRow
 
@@ -47,6 +49,7 @@ class ImageLayout:
     Attributes:
         name: What it is called.
         image_path: Path of an image, of its prompt, the prompt's place in its numbering and the image's own number.
+        own_files: What the paths of images look like, and of the files that describe a prompt.
         numbered_by_tag: Whether prompts are numbered in each category (the metadata's ``tag``) or through all.
         describes_prompts: Whether every prompt has a folder with ``metadata.jsonl`` and ``grid.png``.
         shares_folder: Whether other files may lie in the folder of the set; the official scorer of HPS takes
@@ -55,6 +58,7 @@ class ImageLayout:
 
     name: str
     image_path: Callable[[PromptRow, int, int], PurePosixPath]
+    own_files: re.Pattern[str]
     numbered_by_tag: bool = False
     describes_prompts: bool = False
     shares_folder: bool = True
@@ -90,9 +94,15 @@ def plan_images(layout: ImageLayout, rows: Sequence[PromptRow], num_images: int)
     return planned
 
 
-def side_folder(layout: ImageLayout, images_dir_name: str) -> str:
-    """Name of the folder for what is not an image (``manifest.jsonl``), as a sibling of the set or the set itself."""
-    return images_dir_name if layout.shares_folder else f"{images_dir_name}.about"
+def side_folder(layout: ImageLayout, images_dir: Path) -> Path:
+    """The folder for what is not an image (``manifest.jsonl``): a sibling of the set, or the set itself."""
+    return images_dir if layout.shares_folder else beside(images_dir, ".about")
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The sibling of a file or folder whose name is longer by ``ending``; the path may be "." or lead through ".."."""
+    whole = Path(os.path.abspath(path))
+    return whole.with_name(whole.name + ending)
 
 
 def _numbering(layout: ImageLayout, rows: Sequence[PromptRow]) -> list[int]:
@@ -143,9 +153,16 @@ def _numbered(place: int, sample: int, suffix: str) -> str:
 LAYOUTS: dict[str, ImageLayout] = {
     layout.name: layout
     for layout in (
-        ImageLayout("geneval", _geneval_path, describes_prompts=True),
-        ImageLayout("t2i_compbench", _t2i_compbench_path),
-        ImageLayout("hps", _hps_path, numbered_by_tag=True, shares_folder=False),
-        ImageLayout("flat", _flat_path),
+        ImageLayout(
+            "geneval",
+            _geneval_path,
+            re.compile(r"\d{5,}/(samples/\d{5,}\.png|metadata\.jsonl|grid\.png)"),
+            describes_prompts=True,
+        ),
+        ImageLayout("t2i_compbench", _t2i_compbench_path, re.compile(r"[^/]+_val/samples/[^/]+_\d{6,}\.png")),
+        ImageLayout(
+            "hps", _hps_path, re.compile(r"[^/]+/\d{5,}(_\d+)?\.jpg"), numbered_by_tag=True, shares_folder=False
+        ),
+        ImageLayout("flat", _flat_path, re.compile(r"\d{5,}(_\d+)?\.png")),
     )
 }

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stage_grpo.images.layouts import ImageLayout, side_folder
+from stage_grpo.images.files import remove_leftovers
+from stage_grpo.images.layouts import LAYOUTS, ImageLayout, side_folder
 from stage_grpo.images.problems import Problems
 from stage_grpo.types import Metadata
 
@@ -41,7 +42,7 @@ class SetFiles:
     @property
     def prompt_folders(self) -> list[str]:
         """Names of the numbered folders, in order of their number."""
-        return sorted((name for name in self.entries if name.isdigit() and (self.root / name).is_dir()), key=int)
+        return sorted((name for name in self.entries if name.isdecimal() and (self.root / name).is_dir()), key=int)
 
 
 def read_files(images_dir: Path, layout: ImageLayout, problems: Problems) -> SetFiles:
@@ -59,7 +60,7 @@ def read_files(images_dir: Path, layout: ImageLayout, problems: Problems) -> Set
         what = "is a file" if images_dir.exists() else "is not a folder"
         raise ValueError(f"{images_dir} {what}; generate images first, or correct the path.")
     entries = tuple(sorted(name for name in os.listdir(images_dir) if not name.startswith(".")))
-    side = images_dir.with_name(side_folder(layout, images_dir.name))
+    side = side_folder(layout, images_dir)
     if not entries:
         raise ValueError(f"{images_dir} is empty; generate images first, or correct the path.")
     generation = _read_generation(side, problems)
@@ -69,6 +70,48 @@ def read_files(images_dir: Path, layout: ImageLayout, problems: Problems) -> Set
             "unfinished", f"{side}: {GENERATION} without {MANIFEST}; run the same `stage generate` to the end"
         )
     return SetFiles(images_dir, side, _walk(images_dir, problems), entries, generation, manifest)
+
+
+def begun_layouts(folder: Path) -> list[ImageLayout]:
+    """How the set that was begun in a folder is arranged; several layouts if its record cannot be read, none if none.
+
+    Args:
+        folder: The folder; need not exist.
+    """
+    begun = []
+    for layout in LAYOUTS.values():
+        side = side_folder(layout, folder)
+        named = str(_read_generation(side, Problems()).get("layout"))
+        if (side / GENERATION).is_file() and (named == layout.name or named not in LAYOUTS):
+            begun.append(layout)
+    return begun
+
+
+def remove_set(folder: Path) -> None:
+    """Delete the set that was begun in a folder: its images, what describes its prompts, its records. All else stays.
+
+    Args:
+        folder: The folder; need not exist.
+
+    Raises:
+        OSError: Something cannot be deleted. What is left counts as a set that was begun.
+    """
+    layouts = begun_layouts(folder)
+    sides = {side_folder(layout, folder) for layout in layouts}
+    for side in sides:
+        (side / MANIFEST).unlink(missing_ok=True)  # first: the set is complete no more
+    remove_leftovers(folder)
+    found = _walk(folder, Problems())
+    own = [path for path in found if any(layout.own_files.fullmatch(str(path)) for layout in layouts)]
+    for path in own:
+        (folder / path).unlink()
+    for side in sides:
+        (side / CODEBOOK).unlink(missing_ok=True)
+        (side / GENERATION).unlink()
+    emptied = {folder / parent for path in own for parent in path.parents} | sides
+    for place in sorted(emptied - {folder}, key=lambda place: len(place.parts), reverse=True):
+        if not any(place.iterdir()):
+            place.rmdir()
 
 
 def read_description(folder: Path, columns: tuple[str, ...] | None, problems: Problems) -> Metadata | None:

@@ -20,8 +20,32 @@ def main_report(program: str, words: Sequence[str]) -> str:
         What was written.
 
     Raises:
-        ValueError: A folder is neither a run nor an image set, runs and sets are mixed, or there are several runs.
+        ValueError: A folder is neither a run nor an image set, runs and sets are mixed, or there are several runs,
+            or the file to write is a folder.
     """
+    options = _parser(program).parse_args(list(words))
+    out = Path(options.out).expanduser() if options.out else None
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file, e.g. {out / 'report.html'}")
+    folders = [Path(folder).expanduser() for folder in options.folders]
+    runs, sets = _sorted_out(folders)
+    if runs and sets:
+        raise ValueError(f"{runs[0]} is a run and {sets[0]} an image set; report a run, or image sets")
+    if len(runs) > 1:
+        raise ValueError(f"{len(runs)} runs ({', '.join(map(str, runs))}); report one at a time")
+    if runs:
+        from stage_grpo.pages.report import write_run_report
+
+        if options.scores:
+            raise ValueError(f"--scores belongs to image sets, and {runs[0]} is a run; leave it out")
+        return f"wrote {write_run_report(runs[0], out)}"
+    from stage_grpo.pages.gallery import write_gallery
+
+    scores = [Path(name).expanduser() for name in options.scores.split(",")] if options.scores else None
+    return f"wrote {write_gallery(sets, out, scores=scores, thumbnail_size=options.thumbnail)}"
+
+
+def _parser(program: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=program,
         description="Write one HTML file: the report of a training run's folder, or a gallery of the folders of "
@@ -40,24 +64,7 @@ def main_report(program: str, words: Sequence[str]) -> str:
         metavar="PIXELS",
         help=f"longer side of the images within the file ({THUMBNAIL_SIZE})",
     )
-    options = parser.parse_args(list(words))
-
-    folders = [Path(folder).expanduser() for folder in options.folders]
-    runs, sets = _sorted_out(folders)
-    if runs and sets:
-        raise ValueError(f"{runs[0]} is a run and {sets[0]} an image set; report a run, or image sets")
-    if len(runs) > 1:
-        raise ValueError(f"{len(runs)} runs ({', '.join(map(str, runs))}); report one at a time")
-    if runs:
-        from stage_grpo.pages.report import write_run_report
-
-        if options.scores:
-            raise ValueError(f"--scores belongs to image sets, and {runs[0]} is a run; leave it out")
-        return f"wrote {write_run_report(runs[0], options.out)}"
-    from stage_grpo.pages.gallery import write_gallery
-
-    scores = [Path(name).expanduser() for name in options.scores.split(",")] if options.scores else None
-    return f"wrote {write_gallery(sets, options.out, scores=scores, thumbnail_size=options.thumbnail)}"
+    return parser
 
 
 def _sorted_out(folders: list[Path]) -> tuple[list[Path], list[Path]]:

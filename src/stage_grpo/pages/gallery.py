@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from stage_grpo.benchmarks import STRICT, get_benchmark
 from stage_grpo.evaluation.scores import OVERALL, Scores
+from stage_grpo.images.layouts import beside
 from stage_grpo.pages.gallery_sets import GalleryImage, GallerySet, read_set
 from stage_grpo.pages.render import render
 from stage_grpo.pages.thumbnails import THUMBNAIL_SIZE, Thumbnail, make_thumbnails
@@ -58,7 +59,7 @@ def write_gallery(
     if scores is not None and len(scores) != len(places):
         raise ValueError(f"{len(scores)} score files for {len(places)} image sets; give one for each, in their order")
     sets = [read_set(place, of_it) for place, of_it in zip(places, scores or [None] * len(places))]
-    out = Path(path) if path is not None else places[0].with_name(f"{places[0].name}.gallery.html")
+    out = Path(path) if path is not None else beside(places[0], ".gallery.html")
     flat = [one.folder / image.path for one in sets for image in one.images]
     page = _render(sets, make_thumbnails(flat, thumbnail_size), thumbnail_size, Path(os.path.abspath(out)).parent)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stage_grpo.evaluation.score_files import find_scores
 from stage_grpo.evaluation.scores import Scores
 from stage_grpo.images.files import read_about
 from stage_grpo.images.folders import IMAGE_SUFFIXES
-from stage_grpo.images.layouts import LAYOUTS
+from stage_grpo.images.layouts import LAYOUTS, side_folder
 from stage_grpo.images.problems import Problems
 from stage_grpo.images.set_files import GENERATION, MANIFEST, SetFiles, read_description, read_files
 
@@ -72,12 +73,6 @@ def is_image_set(folder: Path) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
 
 
-def find_scores(folder: Path) -> Path | None:
-    """The scores of a set: ``scores.json`` within, or ``NAME.scores.json`` beside it."""
-    places = (folder / "scores.json", folder.with_name(f"{folder.name}.scores.json"))
-    return next((path for path in places if path.is_file()), None)
-
-
 def read_set(folder: str | Path, scores: str | Path | None = None) -> GallerySet:
     """Read an image set.
 
@@ -103,7 +98,7 @@ def read_set(folder: str | Path, scores: str | Path | None = None) -> GallerySet
 
 def _side_layout(folder: Path) -> str:
     """The layout that says where the set's records lie."""
-    return "hps" if folder.with_name(f"{folder.name}.about").is_dir() else "flat"
+    return "hps" if side_folder(LAYOUTS["hps"], folder).is_dir() else "flat"
 
 
 def _from_record(path: PurePosixPath, known: dict[str, Any], scored: dict[str, Any] | None) -> GalleryImage:
