@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import jaxtyping
 import numpy as np
 import pytest
 import yaml
 from filelock import FileLock
 from PIL import Image
 
+from stage_grpo import training
+from stage_grpo.ablation import worker
 from stage_grpo.ablation.collapse import collapse_reasons, end_mean
 from stage_grpo.ablation.command import main_ablate
 from stage_grpo.ablation.grid import Cell, HeldoutTest, load_grid
@@ -37,6 +41,7 @@ from stage_grpo.ablation.results import (
     collect,
     guarded,
 )
+from stage_grpo.ablation.runs import num_cores
 from stage_grpo.ablation.seeds import mean_over_seeds, paired_over_seeds
 from stage_grpo.ablation.table import difference_table
 from stage_grpo.ablation.worker import run_job
@@ -173,10 +178,45 @@ def test_what_moves_a_number_makes_another_folder(base, prompts, tmp_path):
     assert folder() not in {same, *others}
 
 
+def one_run(base, prompts, out, **settings):
+    """The plan of a grid's only run."""
+    path = write_grid(base, prompts, settings=settings, variants={"grpo": {"preset": "grpo"}})
+    (run,) = plan_runs(load_grid(path), out, [0])
+    return run
+
+
+def test_a_model_is_known_by_its_files(base, prompts, tmp_path):
+    def run(model):
+        return one_run(base, prompts, tmp_path, model=str(model))
+
+    shipped, copied = ROOT / "assets" / "tiny-janus-shapes", tmp_path / "model"
+    shutil.copytree(shipped, copied, copy_function=shutil.copyfile)  # with times of its own
+    before, same = run(copied), run(shipped)
+    assert (before.job.folder, before.before.folder) == (same.job.folder, same.before.folder)
+    with (copied / "model.safetensors").open("ab") as file:
+        file.write(b"other weights")
+    after = run(copied)
+    assert after.job.folder != before.job.folder and after.before.folder != before.before.folder
+
+
+def test_held_out_tests_make_another_folder(base, prompts, tmp_path):
+    def folder(**changes):
+        held = {"heldout_benchmark": "shapes", "heldout_prompts": str(prompts / "heldout.jsonl"), **changes}
+        return one_run(base, prompts, tmp_path, **held).job.folder
+
+    copy, other = tmp_path / "copy.jsonl", tmp_path / "other.jsonl"
+    shutil.copyfile(prompts / "heldout.jsonl", copy)
+    other.write_text((SHAPES / "heldout.jsonl").read_text())
+    assert folder() == folder(heldout_prompts=str(copy), heldout_keep_images=True, keep_best=False)
+    changes = [{"heldout_steps": 1}, {"heldout_measure": "graded"}, {"heldout_num_images": 2}]
+    changes += [{"heldout_guidance_scale": 2.0}, {"heldout_prompts": str(other)}]
+    assert len({folder(), *(folder(**change) for change in changes)}) == 1 + len(changes)
+
+
 @pytest.mark.parametrize("guard", ["warn", "stop", "rollback"])
 def test_limits_of_the_guard_make_another_folder_where_it_acts(base, prompts, tmp_path, guard):
     acting = {"guard": guard, "save_strategy": "steps", "save_steps": 2}
-    changes = [{}, {"guard_max_kl": 3.0}, {"guard_lr_factor": 0.25}, {"save_steps": 4}]
+    changes = [{}, {"guard_max_kl": 3.0}, {"guard_lr_factor": 0.25}, {"save_steps": 4}, {"save_total_limit": 9}]
     folders = {
         plan_runs(load_grid(write_grid(base, prompts, settings={**acting, **change})), tmp_path, [0])[0].job.folder
         for change in changes
@@ -187,10 +227,15 @@ def test_limits_of_the_guard_make_another_folder_where_it_acts(base, prompts, tm
 def test_training_prompts_can_be_restricted(base, prompts, tmp_path):
     changes = {"settings": {"train_prompts": str(SHAPES / "train.jsonl")}, "train_categories": ["colors", "counting"]}
     (run, _) = plan_runs(load_grid(write_grid(base, prompts, **changes)), tmp_path, [0])
-    lines = Path(run.config.train_prompts).read_text().splitlines()
+    assert not run.job.folder.exists()
+    write_job(run.job, keep_weights=False)
+    config = yaml.safe_load((run.job.folder / "config.yaml").read_text())
+    lines = Path(config["train_prompts"]).read_text().splitlines()
     kept = [line for line in (SHAPES / "train.jsonl").read_text().splitlines() if '"tag": "co' in line]
     wanted = [row for row in map(json.loads, kept) if row["tag"] in ("colors", "counting")]
     assert [json.loads(line) for line in lines] == wanted and 100 < len(wanted) < 600
+    given = write_grid(base, prompts, settings={"train_prompts": config["train_prompts"]})
+    assert plan_runs(load_grid(given), tmp_path, [0])[0].job.folder == run.job.folder  # the same prompts
     path = write_grid(base, prompts, **{**changes, "train_categories": ["colours"]})
     with pytest.raises(ValueError, match=r"train_categories colours: .* holds no prompt of them"):
         plan_runs(load_grid(path), tmp_path)
@@ -203,7 +248,26 @@ WRONG = [
         "test has an unknown key 'num_image'; did you mean num_images",
     ),
     ({"test": {"benchmark": "shape"}}, "shape"),
-    ({"test": {"benchmark": "shapes", "num_images": 0}}, "num_images=0 of the test must be a whole number"),
+    ({"test": {"benchmark": "shapes", "num_images": 0}}, "test.num_images=0 must be a whole number"),
+    ({"test": {"benchmark": ["shapes"]}}, r"test.benchmark=\['shapes'\] must be a text"),
+    ({"test": {"benchmark": "shapes", "prompts": ["a"]}}, r"test.prompts=\['a'\] must be a text"),
+    ({"test": {"benchmark": "shapes", "guidance_scale": "one"}}, "test.guidance_scale='one' must be a number"),
+    ({"title": 4}, "title=4 must be a text; quote it"),
+    ({"base": ["x"]}, r"base=\['x'\] must be a text"),
+    ({"variants": ["grpo", "stage"]}, r"variants=\['grpo', 'stage'\] must map at least one name to its overrides"),
+    ({"variants": {False: {}, True: {"preset": "grpo"}}}, "a name in variants=False must be a text; quote it"),
+    ({"variants": {1: {}}, "baseline": 1}, "a name in variants=1 must be a text; quote it"),
+    ({"baseline": ["grpo"]}, r"baseline: \['grpo'\] is no variant"),
+    ({"controls": [["grpo"]]}, r"controls: \['grpo'\] is no variant"),
+    ({"train_categories": [1]}, "a tag in train_categories=1 must be a text"),
+    ({"seeds": [[0]]}, r"seeds=\[\[0\]\] must be different whole numbers"),
+    ({"seeds": [True]}, r"seeds=\[True\] must be different whole numbers"),
+    ({"axes": None}, "axes=None must map keys to their values"),
+    ({"axes": ["beta"]}, r"axes=\['beta'\] must map keys to their values"),
+    (
+        {"settings": {"heldout_benchmark": "shapes", "heldout_prompts": "none.jsonl"}},
+        "grpo: none.jsonl: cannot be read",
+    ),
     ({"test": {"benchmark": "shapes", "prompts": "none.jsonl"}}, "prompts='none.jsonl' of the test is no file"),
     ({"drop": ["claim"]}, "grid lacks 'claim'; add it"),
     ({"baseline": "grop"}, "'grop' is no variant; did you mean grpo\\?"),
@@ -222,8 +286,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
-def test_what_is_wrong_is_said_before_any_run(base, prompts, tmp_path, changes, message):
+def test_what_is_wrong_is_said_before_any_run(base, prompts, tmp_path, monkeypatch, changes, message):
     path = write_grid(base, prompts, **changes)
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # or the tests' type check speaks before ours does
     with pytest.raises(ValueError, match=message) as raised:
         main_ablate("stage ablate", [str(path), "--out", str(tmp_path / "out")])
     assert "\n" not in str(raised.value)
@@ -278,6 +345,8 @@ def test_one_seed_has_no_interval_and_none_has_no_mean():
     assert (none.value, none.num_seeds) == (None, 0)
     equal = mean_over_seeds([0.25, 0.25])
     assert (equal.low, equal.high, equal.p_value) == (0.25, 0.25, None)
+    # 0.02 each, up to rounding.
+    assert paired_over_seeds({0: 0.57, 1: 0.56, 2: 0.61}, {0: 0.55, 1: 0.54, 2: 0.59}).p_value is None
 
 
 def test_pairs_are_of_one_seed():
@@ -394,6 +463,22 @@ def test_a_picture_over_two_axes_is_maps(toy):
     assert [text.get_text() for text in below.texts] == [f"{bool(run.collapse):.0%}"] * 3
 
 
+def test_a_picture_of_many_lines_along_an_axis_is_of_their_means(toy):
+    grid = load_grid(toy.words[0])
+    (run,) = collect(grid, plan_runs(grid, toy.out, [0])).runs
+    names = ("strict", "strict held-out", "kl")
+    lines = [
+        Line(Cell("grpo", {"a": a}, {}), [run], {name: mean_over_seeds([float(a)]) for name in names}, {})
+        for a in "6543210"  # the picture has the order of the axis
+    ]
+    grid = dataclasses.replace(grid, axes={"a": {value: {} for value in "0123456"}}, pictured=("grpo",))
+    panels = draw(Results(grid, [run], [], lines)).axes
+    assert [panel.get_title().split(" (")[0] for panel in panels] == ["strict", "strict held-out", "KL"]
+    for panel in panels:
+        assert [dot.get_xdata()[0] for dot in panel.lines if dot.get_marker() == "o"] == [0, 1, 2, 3, 4, 5, 6]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [f"grpo, a={a}" for a in "0123456"]
+
+
 def test_several_images_of_a_prompt_are_compared_by_their_distance(toy):
     grid = load_grid(toy.words[0])
     (run,) = collect(grid, plan_runs(grid, toy.out, [0])).runs
@@ -421,6 +506,63 @@ def test_what_the_guard_told_is_counted(tmp_path):
 def test_what_is_finished_is_not_run_again(toy):
     text, code = main_ablate("stage ablate", [*toy.words, "--dry"])
     assert code == 0 and "2 different trainings, 1 to run, 2 steps in all" in text
+
+
+def test_a_dry_call_writes_nothing(base, prompts, tmp_path):
+    changes = {"settings": {"train_prompts": str(SHAPES / "train.jsonl")}, "train_categories": ["colors"]}
+    path = write_grid(base, prompts, **changes)
+    text, code = main_ablate("stage ablate", [str(path), "--out", str(tmp_path / "out"), "--seeds", "0", "--dry"])
+    assert code == 0 and "2 different trainings, 2 to run" in text and not (tmp_path / "out").exists()
+
+
+def test_cores_are_those_that_a_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert num_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert num_cores() == 64
+
+
+@pytest.fixture
+def worked(base, prompts, tmp_path, monkeypatch):
+    """Writes a job of six steps, does it with a training and a test of these outcomes, and notes what they saw."""
+    test, seen = HeldoutTest("shapes", str(prompts / "heldout.jsonl")), SimpleNamespace(trained=[], tested=[])
+    monkeypatch.setattr(worker, "_score", lambda config, test, model, folder: seen.tested.append(Path(model)))
+
+    def run(folder, train, **changes):
+        values = {**yaml.safe_load(base.read_text()), "output_dir": str(folder), "max_steps": 6, **changes}
+        monkeypatch.setattr(training, "train", lambda config: seen.trained.append(config) or train(folder))
+        write_job(Job(folder, values, test, 6), keep_weights=False)
+        run_job(folder)
+        return seen
+
+    return run
+
+
+def test_a_run_that_its_guard_stopped_fails_alike_at_every_call(worked, tmp_path):
+    def stopped(folder):
+        append_guard(folder, GuardRecord(3, "kl", "stop", 2.0, 1.0, "kl 2 is above guard_max_kl=1"))
+        return SimpleNamespace(stopped_by="guard: kl", step=3)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^the guard stopped it at step 3 of 6: kl 2 is above guard_max_kl=1; "):
+            worked(tmp_path / "job", stopped)
+    assert (tmp_path / "job" / "guard.jsonl").read_text().count("\n") == 1, "trained past the stop"
+    with pytest.raises(SystemExit, match=str(worker.STOPPED)):
+        worked(tmp_path / "other", lambda folder: SimpleNamespace(stopped_by="SIGTERM", step=3))
+
+
+def test_averaged_weights_are_tested_and_no_weights_are_left(worked, tmp_path):
+    def trained(folder):
+        for place in ("checkpoint-6", "rolled_back/1/checkpoint-4", "ema"):
+            (folder / place).mkdir(parents=True)
+        return SimpleNamespace(stopped_by=None, step=6)
+
+    worked(tmp_path / "plain", trained)
+    seen = worked(tmp_path / "averaged", trained, ema_decay=0.9)
+    assert seen.tested == [tmp_path / "plain", tmp_path / "averaged" / "ema"] and len(seen.trained) == 2
+    for folder in (tmp_path / "plain", tmp_path / "averaged"):
+        assert (folder / "result.json").is_file() and not any(path.is_dir() for path in folder.iterdir())
 
 
 def wait_for_step(folder, step, process):

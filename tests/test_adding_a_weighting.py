@@ -62,6 +62,23 @@ def test_the_pages_class_weighs_both_parts_of_the_loss(my_weights, checkpoint, t
         build_weighting("my_weights:Centre", {"width": -1})
 
 
+def few(codes, advantages, *, power=1.0):
+    return codes
+
+
+def starred(*batch, power=1.0):
+    return batch[0]
+
+
+def test_a_function_must_take_what_it_is_given():
+    message = (
+        rf"'{__name__}:few' takes \(codes, advantages, \*, power=1.0\); write it as weights\(codes, advantages, e"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_weighting(f"{__name__}:few", {"power": 2.0})
+    build_weighting(f"{__name__}:starred", {"power": 2.0})
+
+
 def test_the_yaml_of_the_page_is_read(my_weights, tmp_path):
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}\n" + block)

@@ -107,31 +107,24 @@ def test_permuting_and_group_locality() -> None:
 
 
 def test_loss_by_hand() -> None:
-    # Gaps 1 and -2: (1 + 4) / 2; bounded: (1 - 1/2 + 1 - 1/5) / 2.
+    # Gaps 1 and -2: (1 + 4) / 2.
     policy, ref = torch.tensor([2.0, 5.0]), torch.tensor([3.0, 3.0])
     close(entropy.entropy_loss(policy, ref), 2.5)
-    close(entropy.entropy_loss(policy, ref, "bounded"), 0.65)
-    for form in ("gap", "bounded"):
-        assert entropy.entropy_loss(ref, ref, form) == 0
+    assert entropy.entropy_loss(ref, ref) == 0
 
 
-def test_loss_pulls_towards_the_reference_and_the_bounded_form_lets_runaways_go() -> None:
+def test_loss_pulls_towards_the_reference() -> None:
     policy = torch.tensor([1.0, 3.5, 30.0], requires_grad=True)
     entropy.entropy_loss(policy, torch.full((3,), 3.0)).backward()
     assert policy.grad is not None
     close(policy.grad, torch.tensor([-4.0, 1.0, 54.0]) / 3)  # 2 (H_theta - H_ref) / B
-    policy.grad = None
-    entropy.entropy_loss(policy, torch.full((3,), 3.0), "bounded").backward()
-    # 2 g / (1 + g^2)^2 / B for g = -2, 0.5, 27.
-    close(policy.grad, torch.tensor([-4 / 25, 1 / 1.5625, 54 / 730**2]) / 3)
 
 
 def test_gradients_by_finite_differences() -> None:
     logits = random(2, 3, 5).requires_grad_()
     assert torch.autograd.gradcheck(entropy.token_entropy, logits)
     policy, ref = random(4).requires_grad_(), random(4, seed=1)
-    for form in ("gap", "bounded"):
-        assert torch.autograd.gradcheck(lambda h, form=form: entropy.entropy_loss(h, ref, form), policy)
+    assert torch.autograd.gradcheck(lambda h: entropy.entropy_loss(h, ref), policy)
 
 
 def test_groups_must_be_whole() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ import yaml
 
 from stage_grpo.cli import main
 from stage_grpo.config import parse_config
+from stage_grpo.guard import Guard
 from stage_grpo.guard_record import read_guard, rollback_to
 from stage_grpo.guard_rules import RULES, GuardThresholds, adapted_beta, check, replay
 from stage_grpo.guard_signals import FreshMetrics, History, Signals
-from stage_grpo.run_checkpoints import defect
+from stage_grpo.run_checkpoints import defect, seal
 from stage_grpo.run_record import read_run
 from stage_grpo.training import train
 from test_resume import assert_equal_weights, make, numbers, weights_of
@@ -97,6 +99,10 @@ def test_a_history_survives_as_json():
     before, after = history(**series), History(5)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after == before
+    for score in (-0.5, 0.0, -0.25):
+        after.best_heldout = None if score == -0.5 else after.best_heldout
+        after.add(Signals(11, heldout=score))
+    assert (after.best_heldout, after.last_heldout) == (0.0, -0.25)
     smaller = History(3)
     smaller.load_state_dict(before.state_dict())
     assert [signals.step for signals in smaller.recent] == [8, 9, 10]
@@ -108,6 +114,7 @@ def test_replay_tells_each_episode_once():
 
     kls = [0.1, 0.1, 0.1, 5.0, 5.0, 5.0, 0.1, 0.1, 5.0, 5.0]
     rows = [row(i + 1, kl) for i, kl in enumerate(kls)] + [{"step": 10, "train_runtime": 3.0}]
+    rows[2:2] = [{**row(step, 9.0), "abandoned": 1, "heldout/score": 9.0} for step in (3, 4, 5)]  # taken back
     told = replay(rows, GuardThresholds(max_kl_slope=math.inf), window=3)
     # Medians of three: .1 .1 5 5 5 .1 .1 5 from step 3 on.
     assert [(step, alarm.rule, alarm.value) for step, alarm in told] == [(5, "kl", 5.0), (10, "kl", 5.0)]
@@ -142,7 +149,12 @@ SAVING = {"guard": "rollback", "save_strategy": "steps", "save_steps": 5}
     [
         ({"guard": "on"}, "guard='on' is unknown; use one of off, warn, stop, rollback"),
         ({"guard_remedy": "pray"}, "guard_remedy='pray' is unknown"),
-        ({"guard_window": 1}, "guard_window=1 must be at least 2"),
+        ({"guard_window": 1}, "guard_window=1 must be a whole number of at least 2"),
+        ({"guard_window": 2.5}, "guard_window=2.5 must be a whole number"),
+        ({"guard_window": None}, "guard_window=None must be a whole number"),
+        ({"guard_max_rollbacks": 1.5}, "guard_max_rollbacks=1.5 must be a whole number of at least 0"),
+        ({"guard_lr_factor": [0.5]}, "guard_lr_factor=[0.5] must lie between 0 and 1"),
+        ({"kl_target": "0.3x"}, "kl_target='0.3x' must be above 0"),
         ({"guard_max_kl": math.nan}, "guard_max_kl=nan must be a number; use inf"),
         ({"guard_lr_factor": 2.0}, "guard_lr_factor=2.0 must lie between 0 and 1"),
         ({"guard_beta_factor": 0.5}, "guard_beta_factor=0.5 must be above 1"),
@@ -251,6 +263,40 @@ def test_broken_steps_in_a_row_end_the_run_and_name_the_last_checkpoint(checkpoi
     assert_equal_weights(weights_of(trainer), states[3][0])  # as they were before step 4
     actions = [(record.step, record.action) for record in read_guard(tmp_path)]
     assert actions == [(2, "skip"), (4, "skip"), (5, "skip"), (6, "skip"), (6, "fail")]
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """A guard that may go back, with a trainer that never trains, and the checkpoint of the beginning."""
+    args = config(tmp_path, **SAVING)
+    trainer = SimpleNamespace(args=args, beta=args.beta, accelerator=SimpleNamespace(is_main_process=True))
+    trainer._metrics = {"train": {}}
+    (tmp_path / "checkpoint-0").mkdir()
+    (tmp_path / "checkpoint-0" / "model").write_text("weights")
+    seal(tmp_path / "checkpoint-0")
+    return Guard(trainer)
+
+
+def test_a_run_that_breaks_in_its_first_window_goes_back_to_its_beginning(untrained):
+    untrained.skipped_in_a_row = untrained.args.guard_max_skipped
+    record = untrained._judge(5)
+    assert (record.action, record.checkpoint, untrained.args.guard_window) == ("rollback", "checkpoint-0", 10)
+    # Once that is used up as well, nobody is told to do what was done.
+    untrained.args.guard_max_rollbacks = 0
+    with pytest.raises(
+        ValueError, match=r"; all 0 rollbacks are used up; .* begin again with a smaller learning_rate$"
+    ):
+        untrained._act(untrained._judge(5), None)
+    untrained.args.guard = "warn"
+    with pytest.raises(ValueError, match=r"with a smaller learning_rate, or let guard=rollback lower it$"):
+        untrained._act(untrained._judge(5), None)
+
+
+def test_a_rollback_is_refused_where_nobody_goes_back(untrained):
+    with pytest.raises(
+        ValueError, match=r"start it with stage_grpo.training.train\(config\) instead of trainer.train"
+    ):
+        untrained.on_train_begin(untrained.args, SimpleNamespace(global_step=0), None)
 
 
 def test_beta_reaches_all_of_the_loss(checkpoint, tmp_path):
@@ -418,9 +464,12 @@ def test_a_kill_after_a_rollback_keeps_what_was_decided(checkpoint, tmp_path):
     """From the checkpoint itself, which does not know of the rollback, and from the next one, which does."""
     trainer = make(checkpoint, tmp_path, max_steps=3, lr_scheduler_type="constant", guard_window=2)
     trainer.train()
-    line = {"step": 3, "rule": "kl", "action": "rollback", "value": 9.0, "threshold": 1.0, "message": "m"}
-    line |= {"checkpoint": "checkpoint-2", "learning_rate_factor": 0.5, "beta_factor": 2.0}
-    (tmp_path / "guard.jsonl").write_text(json.dumps(line) + "\n" + '{"torn')
+    first = {"step": 4, "rule": "kl", "action": "rollback", "value": 9.0, "threshold": 1.0, "message": "m"}
+    first |= {"checkpoint": "checkpoint-3", "learning_rate_factor": 0.75}
+    second = {**first, "step": 3, "rollbacks": 1, "checkpoint": "checkpoint-2"}
+    second |= {"learning_rate_factor": 0.5, "beta_factor": 2.0}
+    # The first one went to a checkpoint-3 that the second one took back; the next checkpoint-3 is another.
+    (tmp_path / "guard.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, second)) + '{"torn')
     assert rollback_to(tmp_path, tmp_path / "checkpoint-1") is None
     assert rollback_to(tmp_path / "another", tmp_path / "checkpoint-2") is None
     for start, max_steps in (("checkpoint-2", 3), ("checkpoint-3", 4)):
@@ -428,7 +477,7 @@ def test_a_kill_after_a_rollback_keeps_what_was_decided(checkpoint, tmp_path):
         resumed.train(resume_from_checkpoint=str(tmp_path / start))
         assert logged(tmp_path)[-2]["learning_rate"] == 0.5e-3  # halved once, not twice
         assert resumed.beta == 2 * resumed.args.beta
-        assert (resumed.guard.rollbacks, resumed.guard.learning_rate_factor) == (1, 0.5)
+        assert (resumed.guard.rollbacks, resumed.guard.learning_rate_factor) == (2, 0.5)
     # A run that begins at the beginning, or before the rollback, knows nothing of it.
     before = make(checkpoint, tmp_path, max_steps=2, lr_scheduler_type="constant", guard_window=2)
     before.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

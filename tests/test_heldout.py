@@ -158,6 +158,9 @@ def test_a_resumed_run_scores_what_is_not_scored(straight, prompts, tmp_path, mo
     best = json.loads((run / "best" / "best.json").read_text())
     assert best["score"] == max(record.score for record in read_records(straight))
     assert [row for row in numbers(run) if "loss" in row] == [row for row in numbers(straight) if "loss" in row]
+    # The guard knows the score of step 2, which came after checkpoint-2.
+    states = [json.loads((f / "checkpoint-3" / "guard_state.json").read_text()) for f in (run, straight)]
+    assert states[0] == states[1] and states[0]["history"]["last_heldout"] == read_records(straight)[1].score
 
 
 def test_adapters_and_averages_are_kept_as_they_were_scored(prompts, tmp_path, monkeypatch):
@@ -211,8 +214,10 @@ REFUSED = {
         "has no overall score to follow",
     ),
     "unknown measure": ({"heldout_measure": "hps"}, "heldout_measure='hps' is unknown to 'shapes'; use one of strict"),
-    "no steps": ({"heldout_steps": 0}, "heldout_steps=0 must be at least 1"),
-    "no images": ({"heldout_num_images": 0}, "heldout_num_images=0 must be at least 1"),
+    "no steps": ({"heldout_steps": 0}, "heldout_steps=0 must be a whole number of at least 1"),
+    "half steps": ({"heldout_steps": 2.5}, "heldout_steps=2.5 must be a whole number"),
+    "no images": ({"heldout_num_images": 0}, "heldout_num_images=0 must be a whole number of at least 1"),
+    "guidance in words": ({"heldout_guidance_scale": "one"}, "heldout_guidance_scale='one' must be a number"),
     "guidance": ({"heldout_guidance_scale": -1.0}, "guidance_scale"),
     "options": ({"heldout_reward_options": {"ocr": {}}}, "names 'ocr', but 'graded' of 'shapes' is scored by shapes"),
 }
@@ -244,6 +249,9 @@ def test_a_mean_over_categories_needs_them_all(tmp_path, prompts):
     few.write_text("\n".join(lines[1:4]))
     with pytest.raises(ValueError, match="none of category position, color_attr"):
         plan_heldout(config(tmp_path, few))
+    (short := tmp_path / "short.txt").write_text('a sign that says "Open"\n')
+    with pytest.raises(ValueError, match="none of category 6 to 10, 11 to 20, over 20"):
+        plan_heldout(config(tmp_path, short, heldout_benchmark="ocr", heldout_measure=None))
     few.write_text("\n".join([lines[1], *lines[3:]]))  # without those that are not counted
     assert len(plan_heldout(config(tmp_path, few)).rows) == 4
 

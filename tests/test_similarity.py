@@ -187,7 +187,5 @@ def test_unknown_names_say_what_exists() -> None:
             sim.kl_weights(similarity, form="linear")
         with pytest.raises(ValueError, match="scope is 'best'; choose one of top, all"):
             entropy.entropy_reward(similarity[:, 0], similarity[:, 0], similarity[:, 0], 2, scope="best")
-        with pytest.raises(ValueError, match="form is 'square'; choose one of gap, bounded"):
-            entropy.entropy_loss(similarity[:, 0], similarity[:, 0], form="square")
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

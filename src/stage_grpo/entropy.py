@@ -17,7 +17,6 @@ from torch import Tensor
 from stage_grpo.objective import full_precision, num_groups
 
 Scope = Literal["top", "all"]
-LossForm = Literal["gap", "bounded"]
 
 
 def token_entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
@@ -78,10 +77,8 @@ def entropy_reward(
     return torch.where(selected, grouped_bonus, 0.0).reshape(-1)
 
 
-def entropy_loss(
-    policy_entropy: Float[Tensor, " B"], ref_entropy: Float[Tensor, " B"], form: LossForm = "gap"
-) -> Float[Tensor, ""]:
-    """The entropy term as a loss: the ablation against `entropy_reward`.
+def entropy_loss(policy_entropy: Float[Tensor, " B"], ref_entropy: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """The entropy term as a loss, ``mean_i (H_ref - H_theta)^2``: the ablation against `entropy_reward`.
 
     A reward only tells which sampled images to prefer; this pushes the entropy of every image by its own
     gradient, whatever the image's reward. The trainer adds lambda times it to the policy loss.
@@ -89,22 +86,12 @@ def entropy_loss(
     Args:
         policy_entropy: H_theta, mean over each image's tokens, nats; carries gradient.
         ref_entropy: H_ref, the reference's mean over the same tokens, nats; no gradient.
-        form: "gap": ``mean_i (H_ref - H_theta)^2``. "bounded": ``mean_i (1 - R_ent)`` with R_ent of Eq. 11,
-            in [0, 1): the same near the reference, but a runaway image cannot dominate the gradient.
 
     Returns:
-        The scalar loss, at least 0, in nats^2 ("gap") or without unit ("bounded"); 0 only where every image's
-        entropy equals the reference's.
-
-    Raises:
-        ValueError: Unknown ``form``.
+        The scalar loss, at least 0, in nats^2; 0 only where every image's entropy equals the reference's.
 
     Source: our reading of arXiv:2509.25027 Eq. 13, 14 (see docs/paper_map.md).
     """
-    if form not in get_args(LossForm):
-        raise ValueError(f"form is {form!r}; choose one of {', '.join(get_args(LossForm))}.")
-    if form == "bounded":
-        return (1.0 - _nearness(policy_entropy, ref_entropy)).mean()
     return ((full_precision(ref_entropy) - full_precision(policy_entropy)) ** 2).mean()
 
 

@@ -39,7 +39,8 @@ class Guard(TrainerCallback):
         trainer: The trainer.
 
     Attributes:
-        stop: What ends the run at a signal, if anything does; it is told of an end that the guard decided.
+        stop: What ends the run at a signal, if anything does; it is told of an end that the guard decided. Whoever
+            sets it goes back after the training, if ``rollback`` says so.
         stopped_by: Why the guard stopped the run; None if it did not.
         rollback: Where the run is to go back to; None if it is not.
         skipped_steps: Optimizer steps of the run that were skipped.
@@ -138,7 +139,16 @@ class Guard(TrainerCallback):
     # ---- what follows from it ---------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin anew, or drop what was told of steps that are taken again."""
+        """Begin anew, or drop what was told of steps that are taken again.
+
+        Raises:
+            ValueError: If a rollback is asked for and nobody would start the training again.
+        """
+        if self.args.guard == "rollback" and self.stop is None:
+            raise ValueError(
+                "guard='rollback' ends a training, and who started it goes on from a checkpoint: start it with "
+                "stage_grpo.training.train(config) instead of trainer.train(), or set guard=stop"
+            )
         is_new = not self.trainer.run_folder.is_resumed
         if is_new:
             self._forget()
@@ -212,7 +222,8 @@ class Guard(TrainerCallback):
         if args.guard == "rollback" and self.rollbacks >= args.guard_max_rollbacks:
             note = f"; all {self.rollbacks} rollbacks are used up"
         elif args.guard == "rollback":
-            checkpoint = newest_whole_until(self.run, step - args.guard_window)
+            # Within the first window there is the beginning to go back to.
+            checkpoint = newest_whole_until(self.run, max(0, step - args.guard_window))
             if checkpoint is not None:
                 factor = args.guard_lr_factor if args.guard_remedy == "learning_rate" else args.guard_beta_factor
                 return "rollback", checkpoint, f"; back to {checkpoint.name} with {args.guard_remedy} x {factor:g}"
@@ -249,9 +260,10 @@ class Guard(TrainerCallback):
             known = "there is no whole checkpoint"
             if record.checkpoint is not None:
                 known = f"the last whole checkpoint is {self.run / record.checkpoint}"
+            other = "" if self.args.guard == "rollback" else ", or let guard=rollback lower it"
             raise ValueError(
                 f"step {record.step}: {record.message}; {known}; find the cause in metrics.jsonl, then begin again "
-                "with a smaller learning_rate, or let guard=rollback lower it"
+                f"with a smaller learning_rate{other}"
             )
         control.should_training_stop = True
         control.should_save = record.action == "stop"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from stage_grpo.guard_rules import GuardThresholds
+from stage_grpo.option_checks import check_count, is_number
 
 MODES = ("off", "warn", "stop", "rollback")
 REMEDIES = ("learning_rate", "beta")
@@ -53,20 +54,19 @@ def check_values(config: Any) -> None:
         if getattr(config, name) not in names:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; use one of {', '.join(names)}")
     for name, least in {"guard_window": 2, "guard_max_skipped": 1, "guard_max_rollbacks": 0}.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+        check_count(name, getattr(config, name), least)
     for option in fields(GuardThresholds):
         name = f"guard_{option.name}"
         value = getattr(config, name)
-        if not isinstance(value, int | float) or math.isnan(value):
+        if not is_number(value) or math.isnan(value):
             raise ValueError(f"{name}={value!r} must be a number; use inf or -inf to do without the rule")
-    if not 0 < config.guard_lr_factor < 1:
-        raise ValueError(f"guard_lr_factor={config.guard_lr_factor} must lie between 0 and 1, e.g. 0.5")
-    if not 1 < config.guard_beta_factor < math.inf:
-        raise ValueError(f"guard_beta_factor={config.guard_beta_factor} must be above 1, e.g. 2")
+    if not is_number(config.guard_lr_factor) or not 0 < config.guard_lr_factor < 1:
+        raise ValueError(f"guard_lr_factor={config.guard_lr_factor!r} must lie between 0 and 1, e.g. 0.5")
+    if not is_number(config.guard_beta_factor) or not 1 < config.guard_beta_factor < math.inf:
+        raise ValueError(f"guard_beta_factor={config.guard_beta_factor!r} must be above 1, e.g. 2")
     if config.kl_target is not None:
-        if not 0 < config.kl_target < math.inf:
-            raise ValueError(f"kl_target={config.kl_target} must be above 0 nats a token, or left out")
+        if not is_number(config.kl_target) or not 0 < config.kl_target < math.inf:
+            raise ValueError(f"kl_target={config.kl_target!r} must be above 0 nats a token, or left out")
         if config.beta == 0:
             raise ValueError(f"kl_target={config.kl_target} adapts beta, but beta=0 has no KL; set beta above 0")
     if config.guard == "rollback":

@@ -23,7 +23,7 @@ class GuardRecord:
     Attributes:
         step: Optimizer steps taken.
         rule: The rule that was broken, or ``not_finite``.
-        action: ``warn``, ``skip``, ``stop`` or ``rollback``.
+        action: ``warn``, ``skip``, ``stop``, ``rollback`` or ``fail``.
         value: What the rule measured; None for ``not_finite``.
         threshold: Its threshold; for ``not_finite`` the steps in a row that end the run.
         message: One line for people.
@@ -79,7 +79,7 @@ def keep_guard(run: str | Path, wanted: Callable[[GuardRecord], bool]) -> None:
 
 
 def rollback_to(run: str | Path, checkpoint: Path) -> GuardRecord | None:
-    """The last rollback that went to a checkpoint, which itself does not know of it.
+    """The last rollback that went to a checkpoint of this name, which may have been written anew since.
 
     Args:
         run: Output folder of the run.

@@ -176,7 +176,8 @@ def replay(rows: Iterable[Mapping[str, Any]], thresholds: GuardThresholds, windo
     """Say what the rules would have told of a run, each once an episode.
 
     Args:
-        rows: Rows of ``metrics.jsonl`` in order; a row without a loss adds to the next one that has one.
+        rows: Rows of ``metrics.jsonl`` in order; a row without a loss adds to the next one that has one, and one that
+            a rollback took back counts nothing.
         thresholds: Where the rules draw the line.
         window: Steps that they look at.
 
@@ -186,6 +187,8 @@ def replay(rows: Iterable[Mapping[str, Any]], thresholds: GuardThresholds, windo
     history, told, found = History(window), set(), []
     heldout: dict[str, Any] = {}
     for row in rows:
+        if "abandoned" in row:
+            continue
         heldout |= {"heldout/score": row["heldout/score"]} if "heldout/score" in row else {}
         if "loss" not in row:
             continue

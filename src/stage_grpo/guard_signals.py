@@ -87,7 +87,8 @@ class History:
         self.recent = [*self.recent, signals][-self.window :]
         if signals.heldout is not None:
             self.last_heldout = signals.heldout
-            self.best_heldout = max(signals.heldout, self.best_heldout or -math.inf)
+            best = self.best_heldout
+            self.best_heldout = signals.heldout if best is None else max(signals.heldout, best)
 
     def values(self, name: str) -> list[float]:
         """What a signal was in the last steps; empty before a whole window has gone by."""

@@ -67,7 +67,8 @@ class GuardedTrainer(ResumableTrainer):
         guard = self.guard
         if state is not None:
             guard.load_state_dict(state)
-        if rollback is not None:
+        # A state of more rollbacks was written after this one, and holds what it made.
+        if rollback is not None and rollback.rollbacks >= guard.rollbacks:
             self.scale_learning_rate(rollback.learning_rate_factor / guard.learning_rate_factor)
             self.beta *= rollback.beta_factor / guard.beta_factor
             guard.learning_rate_factor, guard.beta_factor = rollback.learning_rate_factor, rollback.beta_factor

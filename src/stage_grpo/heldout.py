@@ -83,12 +83,16 @@ class HeldoutEvaluation(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the scores of earlier parts of the run."""
 
-        def begin() -> set[int]:
+        def begin() -> dict[int, HeldoutRecord]:
             warn_if_trained_on(self.plan, self.trainer.args.rewards or [])
             self.folder.begin(state.global_step if self.trainer.run_folder.is_resumed else None)
-            return {record.step for record in self.folder.records}
+            return {record.step: record for record in self.folder.records}
 
-        self._done = _in_main_process(self.trainer, begin)
+        known = _in_main_process(self.trainer, begin)
+        self._done = set(known)
+        if state.global_step in known:
+            # A step is scored after its checkpoint is written: the guard's state there does not have the score.
+            self.trainer.guard.on_log(args, state, control, known[state.global_step].metrics())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score the step that ended, if its turn has come."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from stage_grpo.benchmark_rows import benchmark_rows
 from stage_grpo.benchmarks import Benchmark, Scorer, get_benchmark
+from stage_grpo.option_checks import check_count, is_number
 from stage_grpo.rewards.registry import lacking
 from stage_grpo.sampling import Sampling
 from stage_grpo.types import PromptRow
@@ -78,8 +79,7 @@ def check_values(config: Any) -> None:
         ValueError: If a value, or a combination of values, cannot work; the message names field, value and remedy.
     """
     for name in ("heldout_steps", "heldout_num_images"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        check_count(name, getattr(config, name), 1)
     if config.heldout_benchmark is None:
         for name in ("heldout_prompts", "heldout_measure", "heldout_guidance_scale", "heldout_reward_options"):
             if getattr(config, name) is not None:
@@ -115,6 +115,8 @@ def _check_options(options: Any, benchmark: Benchmark, measure: str) -> None:
 
 def _sampling(config: Any) -> Sampling:
     scale = config.heldout_guidance_scale
+    if scale is not None and not is_number(scale):
+        raise ValueError(f"heldout_guidance_scale={scale!r} must be a number of at least 1, or left out")
     return config.sampling if scale is None else replace(config.sampling, guidance_scale=scale)
 
 
@@ -129,7 +131,7 @@ def plan_heldout(config: Any, train_rows: Sequence[PromptRow] = ()) -> HeldoutPl
         The plan; None if the run is not tested.
 
     Raises:
-        ValueError: If the prompts are missing, are no prompts of the benchmark, leave a category of its mean without
+        ValueError: If the prompts are missing, are no prompts of the benchmark, leave a category of its score without
             one, or are trained on.
     """
     if config.heldout_benchmark is None:
@@ -171,9 +173,9 @@ def _check_rows(plan: HeldoutPlan, train_rows: Sequence[PromptRow]) -> None:
     counted = [row for row in plan.rows if row.metadata["tag"] not in shared]
     columns = [column for column in plan.benchmark.columns if column not in shared]
     lacks = [column for column in columns if all(row.metadata["tag"] != column for row in counted)]
-    if lacks and plan.benchmark.overall == "categories":
+    if lacks:
         raise ValueError(
-            f"the held-out prompts have none of category {', '.join(lacks)}, and the score is the mean over all "
+            f"the held-out prompts have none of category {', '.join(lacks)}, and the score is that of all "
             "categories; add some to heldout_prompts"
         )
     trained = {_normalised(row.prompt) for row in train_rows}

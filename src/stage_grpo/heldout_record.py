@@ -14,12 +14,12 @@ from typing import Any
 from stage_grpo.evaluation.scores import Scores
 from stage_grpo.heldout_plan import HeldoutPlan
 from stage_grpo.run_checkpoints import PARTIAL, SET_ASIDE, defect, publish, seal
-from stage_grpo.run_folder import write_atomically
+from stage_grpo.run_folder import BEST, RECORDS, STEPS, write_atomically
 
 logger = logging.getLogger(__name__)
 
-RECORDS, STEPS, IMAGES, BEST = "heldout.jsonl", "heldout", "images", "best"
-"""Names in a run folder: all scores; the folder with one folder a step; its images; the best policy."""
+IMAGES = "images"
+"""Name of a step's images in its folder."""
 
 
 @dataclass(frozen=True)

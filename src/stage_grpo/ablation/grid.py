@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from stage_grpo.benchmarks import get_benchmark
+from stage_grpo.option_checks import check_count, is_number
 
 Overrides = dict[str, Any]
 """Keys of ``StageConfig`` to values, as a training YAML holds them."""
@@ -28,7 +29,7 @@ class HeldoutTest:
         num_images: Images of each prompt.
 
     Raises:
-        ValueError: An unknown benchmark, or fewer than 1 image a prompt.
+        ValueError: An unknown benchmark, fewer than 1 image a prompt, or a value of the wrong kind.
     """
 
     benchmark: str
@@ -38,9 +39,15 @@ class HeldoutTest:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        _check_text("test.benchmark", self.benchmark)
         get_benchmark(self.benchmark)
-        if not isinstance(self.num_images, int) or self.num_images < 1:
-            raise ValueError(f"num_images={self.num_images!r} of the test must be a whole number of at least 1")
+        if self.prompts is not None:
+            _check_text("test.prompts", self.prompts)
+        if self.guidance_scale is not None and not is_number(self.guidance_scale):
+            raise ValueError(
+                f"test.guidance_scale={self.guidance_scale!r} must be a number of at least 1, or left out"
+            )
+        check_count("test.num_images", self.num_images, 1)
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,20 @@ class Grid:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the training configuration."""
-        if not self.variants or not all(isinstance(value, dict) for value in self.variants.values()):
-            raise ValueError(
-                f"variants={self.variants!r:.60} must map at least one name to its overrides, {{}} for none"
-            )
-        for name in (self.baseline, *self.controls, *self.pictured):
-            if name not in self.variants:
-                raise ValueError(f"{name!r} is no variant{_nearest(name, self.variants)}")
+        for name in ("title", "claim", "source", "base"):
+            _check_text(name, getattr(self, name))
+        variants: Any = self.variants
+        if not isinstance(variants, dict) or not variants or not all(isinstance(v, dict) for v in variants.values()):
+            raise ValueError(f"variants={variants!r:.60} must map at least one name to its overrides, {{}} for none")
+        for name in variants:
+            _check_text("a name in variants", name)
+        for key in ("baseline", "controls", "pictured"):
+            given = getattr(self, key)
+            for name in [given] if key == "baseline" else given:
+                if not isinstance(name, str) or name not in variants:
+                    raise ValueError(f"{key}: {name!r} is no variant{_nearest(name, variants)}")
+        for tag in self.train_categories:
+            _check_text("a tag in train_categories", tag)
         if not isinstance(self.settings, dict):
             raise ValueError(f"settings={self.settings!r:.60} must map keys to values")
         check_seeds(self.seeds)
@@ -151,7 +165,7 @@ def load_grid(path: str | Path) -> Grid:
         _check_keys(test, HeldoutTest, "test")
         content |= {name: _list(name, content[name]) for name in ("seeds", "controls", "pictured") if name in content}
         content["train_categories"] = _list("train_categories", content.get("train_categories", ()))
-        content["axes"] = {str(axis): _axis(str(axis), values) for axis, values in content.get("axes", {}).items()}
+        content["axes"] = _axes(content.get("axes", {}))
         return Grid(**{**content, "name": path.stem, "test": HeldoutTest(**test)})
     except ValueError as error:
         raise ValueError(f"grid {str(path)!r}: {error}") from error
@@ -164,7 +178,7 @@ def check_seeds(seeds: Iterable[Any]) -> None:
         ValueError: None at all, one twice, or one that is no whole number of at least 0.
     """
     seeds = list(seeds)
-    if not seeds or len(set(seeds)) != len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds={seeds} must be different whole numbers of at least 0, e.g. 0 1 2")
 
 
@@ -178,6 +192,11 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{where} has an unknown key {name!r}{_nearest(name, known)}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r:.60} must be a text; quote it if YAML reads something else")
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
@@ -209,6 +228,14 @@ def _list(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{name}={value!r} must be a list")
     return tuple(value)
+
+
+def _axes(content: Any) -> dict[str, dict[str, Overrides]]:
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"axes={content!r:.60} must map keys to their values, e.g. {{beta: [0.01, 0.05]}}; or leave it out"
+        )
+    return {str(axis): _axis(str(axis), values) for axis, values in content.items()}
 
 
 def _axis(axis: str, values: Any) -> dict[str, Overrides]:

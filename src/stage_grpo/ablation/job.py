@@ -14,6 +14,7 @@ from stage_grpo.ablation.grid import HeldoutTest
 from stage_grpo.images.files import write_whole
 
 CONFIG, TEST, SCORES, LOG = "config.yaml", "test.json", "scores.json", "run.log"
+PROMPTS = "train.jsonl"
 RESULT = "result.json"
 """File of a job's folder that is written last."""
 
@@ -27,12 +28,14 @@ class Job:
         values: The training configuration as a YAML file holds it.
         test: How the policy is tested.
         num_steps: Optimizer steps; 0 tests the model of the configuration as it is.
+        prompts: Text of the folder's own prompt file, which the configuration names; None if it names another.
     """
 
     folder: Path
     values: Mapping[str, Any]
     test: HeldoutTest
     num_steps: int
+    prompts: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -48,6 +51,8 @@ def write_job(job: Job, keep_weights: bool) -> None:
         keep_weights: Whether the trained weights stay after the test.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
+    if job.prompts is not None:
+        write_whole(job.folder / PROMPTS, job.prompts.encode())
     write_whole(job.folder / CONFIG, yaml.safe_dump(dict(job.values), sort_keys=False).encode())
     test = {"test": vars(job.test), "train": job.num_steps > 0, "keep_weights": keep_weights}
     write_whole(job.folder / TEST, (json.dumps(test, indent=2) + "\n").encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import tempfile
@@ -14,13 +15,14 @@ from typing import Any
 import yaml
 
 from stage_grpo.ablation.grid import Cell, Grid, HeldoutTest, check_names
-from stage_grpo.ablation.job import Job
+from stage_grpo.ablation.job import PROMPTS, Job
 from stage_grpo.checksums import sha256_of
 from stage_grpo.config import StageConfig, parse_config
 from stage_grpo.data import load_rows
+from stage_grpo.generation.checkpoint_hash import checkpoint_sha256
+from stage_grpo.heldout_plan import plan_heldout
 from stage_grpo.preflight import check_files
 from stage_grpo.resuming import NEUTRAL
-from stage_grpo.run_folder import write_atomically
 from stage_grpo.sampling import Sampling
 
 
@@ -31,7 +33,7 @@ class PlannedRun:
     Attributes:
         cell: Variant and place on the axes.
         seed: Training seed.
-        config: The resolved configuration.
+        config: The resolved configuration; where things are written, and restricted prompts, the job says.
         job: The training and its test, perhaps shared with runs of other grids.
         before: The test of the policy before training, shared by all runs that start from it.
     """
@@ -105,21 +107,21 @@ def _plan_run(
     values = {**base, **cell.overrides, "seed": seed, "disable_tqdm": True}
     if max_steps is not None:
         values["max_steps"] = max_steps
-    if grid.train_categories:
-        values["train_prompts"] = str(_restricted(str(values.get("train_prompts")), grid.train_categories, out))
+    prompts = _restricted(str(values.get("train_prompts")), grid.train_categories) if grid.train_categories else None
     config = _resolve(values)
     if config.max_steps < 1:
         raise ValueError(f"max_steps={config.max_steps} must be at least 1, so that runs are equally long; set it")
     check_files(config)
     test, test_key = grid.test, _test_key(grid.test)
-    digest = _digest({"config": _maths(config), "test": test_key})
+    digest = _digest({"config": _maths(config, prompts), "test": test_key})
     if digest not in planned:
         planned[digest] = _folder(out / "runs", f"{_plain(cell.label)}_seed{seed}", digest)
     folder = planned[digest]
-    start = {name: getattr(config, name) for name in ("model", "dtype", "prompt_template")}
+    start = {"model": _weights(config.model), "dtype": config.dtype, "prompt_template": config.prompt_template}
     sampling = dataclasses.asdict(test_sampling(config, test))
     before = out / "before" / _digest({**start, "sampling": sampling, "test": test_key})
-    job = Job(folder, {**values, "output_dir": str(folder)}, test, config.max_steps)
+    own = {"output_dir": str(folder)} | ({} if prompts is None else {"train_prompts": str(folder / PROMPTS)})
+    job = Job(folder, {**values, **own}, test, config.max_steps, prompts)
     return PlannedRun(cell, seed, config, job, Job(before, {**values, "output_dir": str(before)}, test, 0))
 
 
@@ -138,15 +140,33 @@ def _resolve(values: Mapping[str, Any]) -> StageConfig:
         return parse_config("stage ablate", [str(path)])
 
 
-def _maths(config: StageConfig) -> dict[str, Any]:
-    """What decides the numbers of a run: the prompts by their content, and nothing of where things are written."""
-    # A guard that acts decides where a run goes on, by its limits and by when checkpoints and held-out tests come.
-    acting = ("guard_", "heldout_", "save_steps") if config.guard in ("stop", "rollback") else ()
+def _maths(config: StageConfig, prompts: str | None) -> dict[str, Any]:
+    """What decides the numbers of a run: files by their content, and nothing of where things are written."""
+    # A guard that acts decides where a run goes on, by its limits and by the checkpoints that are there.
+    acting = ("guard_", "save_steps", "save_total_limit") if config.guard in ("stop", "rollback") else ()
     values = config.to_json()
     kept = {name: value for name, value in values.items() if name not in NEUTRAL or name.startswith(acting)}
-    files = {name: sha256_of(Path(kept[name])) for name in ("train_prompts", "eval_prompts") if kept[name]}
-    # Tests during training change no number, but a run without them lacks their curve.
-    return kept | files | {"heldout_benchmark": config.heldout_benchmark, "heldout_prompts": config.heldout_prompts}
+    kept |= {name: sha256_of(Path(kept[name])) for name in ("train_prompts", "eval_prompts") if kept[name]}
+    kept |= {name: _weights(kept[name]) for name in ("model", "ref_model")}
+    if prompts is not None:
+        kept["train_prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
+    # Tests during training change no number unless the guard acts on them, but the results hold their scores.
+    heldout = plan_heldout(config)
+    return kept | {"heldout": heldout and [heldout.fingerprint, config.heldout_steps]}
+
+
+def _weights(model: str | None) -> str | None:
+    """What a policy is made of: a folder's files by their content, wherever it lies; a name of the hub as it is."""
+    if model is None or not Path(model).is_dir():
+        return model
+    stats = [(path, path.stat()) for path in sorted(Path(model).iterdir())]
+    return _hashed(model, tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+@functools.cache
+def _hashed(model: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Checksum of a folder, read once a call of the command as long as nothing in it changes: it may be many GB."""
+    return checkpoint_sha256(model)
 
 
 def _test_key(test: HeldoutTest) -> dict[str, Any]:
@@ -156,17 +176,12 @@ def _test_key(test: HeldoutTest) -> dict[str, Any]:
     return {**dataclasses.asdict(test), "prompts": None if path is None else sha256_of(path)}
 
 
-def _restricted(prompts: str, categories: Sequence[str], out: Path) -> Path:
-    """A copy of a prompt file with the prompts of some categories alone."""
+def _restricted(prompts: str, categories: Sequence[str]) -> str:
+    """The prompts of some categories alone, as the text of a prompt file."""
     rows = [row for row in load_rows(prompts) if row.metadata.get("tag") in categories]
     if lacking := sorted(set(categories) - {row.metadata["tag"] for row in rows}):
         raise ValueError(f"train_categories {', '.join(lacking)}: {prompts} holds no prompt of them")
-    text = "".join(json.dumps({**row.metadata, "prompt": row.prompt}, ensure_ascii=False) + "\n" for row in rows)
-    path = out / "prompts" / f"{'_'.join(categories)}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    return path
+    return "".join(json.dumps({**row.metadata, "prompt": row.prompt}, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -43,7 +43,14 @@ def default_parallel() -> int:
     """Jobs at a time: one a GPU, or one a core where there is none."""
     import torch
 
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    return torch.cuda.device_count() or num_cores()
+
+
+def num_cores() -> int:
+    """Cores that this process may use: a container or a scheduler may give it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_jobs(jobs: Sequence[Job], num_parallel: int, keep_weights: bool = False) -> list[Failure]:
@@ -85,7 +92,7 @@ def run_jobs(jobs: Sequence[Job], num_parallel: int, keep_weights: bool = False)
 
 def _start(job: Job, slot: int, num_parallel: int, keep_weights: bool) -> subprocess.Popen[bytes]:
     write_job(job, keep_weights)
-    threads = str(max(1, (os.cpu_count() or 1) // num_parallel))
+    threads = str(max(1, num_cores() // num_parallel))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, **_one_gpu(slot)}
     with (job.folder / LOG).open("ab") as log:
         return subprocess.Popen(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12
+"""Values that spread no more than this are equal: differences of equal numbers are only so up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def mean_over_seeds(values: Sequence[float | None]) -> SeedMean:
     mean = float(kept.mean())
     if kept.size == 1:
         return SeedMean(mean, None, None, None, 1)
-    error = float(kept.std(ddof=1)) / math.sqrt(kept.size)
+    error = float(kept.std(ddof=1)) / math.sqrt(kept.size) if np.ptp(kept) > ROUNDING else 0.0
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, kept.size - 1)) * error
     p_value = 2 * float(stats.t.sf(abs(mean) / error, kept.size - 1)) if error > 0 else None
     return SeedMean(mean, mean - half, mean + half, p_value, int(kept.size))

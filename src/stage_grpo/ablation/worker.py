@@ -20,9 +20,10 @@ from typing import Any
 from filelock import FileLock
 
 from stage_grpo.ablation.grid import HeldoutTest
-from stage_grpo.ablation.job import CONFIG, LOG, RESULT, SCORES, TEST
+from stage_grpo.ablation.job import CONFIG, LOG, PROMPTS, RESULT, SCORES, TEST
 from stage_grpo.ablation.plan import test_sampling
 from stage_grpo.config import StageConfig, parse_config
+from stage_grpo.guard_record import ROLLED_BACK, read_guard
 from stage_grpo.run_folder import write_atomically
 
 STOPPED = 75
@@ -37,7 +38,7 @@ def run_job(folder: Path) -> None:
         folder: Folder of the job.
 
     Raises:
-        ValueError: If the training or the test cannot be done.
+        ValueError: If the training or the test cannot be done, or if the guard stopped the training.
         SystemExit: With code ``STOPPED`` if a signal ended the training.
     """
     content = json.loads((folder / TEST).read_text(encoding="utf-8"))
@@ -49,7 +50,7 @@ def run_job(folder: Path) -> None:
         seconds["train"] = time.monotonic() - start
     if not (folder / SCORES).is_file():
         start = time.monotonic()
-        _score(config, HeldoutTest(**content["test"]), str(folder if content["train"] else config.model), folder)
+        _score(config, HeldoutTest(**content["test"]), _tested(config, folder, content["train"]), folder)
         seconds["test"] = time.monotonic() - start
     if content["train"] and not content["keep_weights"]:
         _drop_weights(folder)
@@ -64,14 +65,33 @@ def _train(config: StageConfig, folder: Path) -> None:
 
     if (folder / _TRAINED).is_file():
         return
+    _check_guard(config, folder)
     checkpoint, _ = newest_whole(folder)
     if checkpoint is None:
         _sweep(folder)
     config.resume = "never" if checkpoint is None else "auto"
     result = train(config)
     if result.stopped_by is not None:
+        _check_guard(config, folder)
         sys.exit(STOPPED)
     write_atomically(folder / _TRAINED, json.dumps({"step": result.step}) + "\n")
+
+
+def _check_guard(config: StageConfig, folder: Path) -> None:
+    """Refuse a training that its guard stopped before its end: with fewer steps it does not compare."""
+    for record in read_guard(folder):
+        if record.action == "stop" and record.step < config.max_steps:
+            raise ValueError(
+                f"the guard stopped it at step {record.step} of {config.max_steps}: {record.message}; change what the "
+                "message names, or set guard: warn"
+            )
+
+
+def _tested(config: StageConfig, folder: Path, is_trained: bool) -> str:
+    """The policy to test: with averaged weights these, as held-out tests during training do."""
+    if not is_trained:
+        return str(config.model)
+    return str(folder if config.ema_decay is None else folder / "ema")
 
 
 def _score(config: StageConfig, test: HeldoutTest, model: str, folder: Path) -> None:
@@ -106,14 +126,14 @@ def _score(config: StageConfig, test: HeldoutTest, model: str, folder: Path) -> 
 
 def _sweep(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.name in (CONFIG, TEST, _LOCK, LOG):
+        if path.name in (CONFIG, TEST, PROMPTS, _LOCK, LOG):
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _drop_weights(folder: Path) -> None:
     """Delete what is large: the test is done, and a grid has many runs."""
-    for path in [*folder.glob("checkpoint-*"), folder / "best", folder / "ema"]:
+    for path in [*folder.glob("checkpoint-*"), folder / ROLLED_BACK, folder / "best", folder / "ema"]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("*.safetensors"):
         path.unlink()

@@ -28,7 +28,7 @@ class TokenBatch:
         code_vectors: Codebook vectors of the sampled codes.
         codes: Sampled codebook indices, in raster order.
         advantages: Group advantages, groups contiguous; exactly 0 for groups whose rewards tie.
-        rewards: Total rewards, NaN where a sample could not be scored.
+        rewards: Weighted sums of the rewards, raw whatever their aggregation; NaN where a sample could not be scored.
         entropies: The policy's entropies while sampling, nats.
         logps: The policy's log-probabilities of the codes while sampling, nats.
         num_generations: G.

@@ -27,7 +27,8 @@ def build_weighting(name: str, options: dict[str, Any] | None = None) -> TokenWe
         options: Fields of the class's ``Options``; for a function, its further keyword parameters.
 
     Raises:
-        ValueError: An unknown name, a target that cannot be imported, or an unknown or invalid option.
+        ValueError: An unknown name, a target that cannot be imported, a function that takes fewer than four things, or
+            an unknown or invalid option.
     """
     options = dict(options or {})
     if name not in WEIGHTINGS and ":" not in name:
@@ -46,7 +47,7 @@ def build_weighting(name: str, options: dict[str, Any] | None = None) -> TokenWe
         except (TypeError, ValueError) as error:
             raise ValueError(f"token weighting {name!r} rejects its options {options}: {error}") from error
     if callable(target) and not isinstance(target, type):
-        _check_names(name, options, *_keywords(target))
+        _check_names(name, options, *_keywords(name, target))
         return FunctionWeighting(target, options)
     raise ValueError(
         f"token_weighting={name!r} is {target!r}; name a function weights(codes, advantages, entropies, step) or a "
@@ -60,8 +61,15 @@ def _check_names(name: str, options: dict[str, Any], known: list[str], required:
         raise ValueError(f"token weighting {name!r} lacks {', '.join(absent)}; give it in token_weighting_options")
 
 
-def _keywords(function: Callable[..., Any]) -> tuple[list[str], list[str]]:
+def _keywords(name: str, function: Callable[..., Any]) -> tuple[list[str], list[str]]:
     """Names a function takes beyond codes, advantages, entropies and step; and those of them without a default."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    further = [p for p in list(inspect.signature(function).parameters.values())[4:] if p.kind in named]
+    signature = inspect.signature(function)
+    try:
+        taken = signature.bind_partial(*range(4)).arguments
+    except TypeError as error:
+        raise ValueError(
+            f"token weighting {name!r} takes {signature}; write it as weights(codes, advantages, entropies, step)"
+        ) from error
+    further = [p for p in signature.parameters.values() if p.name not in taken and p.kind in named]
     return [p.name for p in further], [p.name for p in further if p.default is inspect.Parameter.empty]
