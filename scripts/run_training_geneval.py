@@ -1,4 +1,4 @@
-"""Train Janus-Pro-7B with the GenEval reward on all visible GPUs.
+"""Train Janus-Pro-7B with the GenEval reward on 8 GPUs.
 
 `python scripts/run_training_geneval.py [--dry-run] [--num-processes N] [--accelerate-config NAME] [--key value ...]`.
 """

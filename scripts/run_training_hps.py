@@ -1,4 +1,4 @@
-"""Train Janus-Pro-7B with HPSv2.1, GroundingDINO and GIT on all visible GPUs.
+"""Train Janus-Pro-7B with HPSv2.1, GroundingDINO and GIT on 8 GPUs.
 
 `python scripts/run_training_hps.py [--dry-run] [--num-processes N] [--accelerate-config NAME] [--key value ...]`.
 """

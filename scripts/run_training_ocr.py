@@ -1,4 +1,4 @@
-"""Train Janus-Pro-7B with the OCR reward on all visible GPUs.
+"""Train Janus-Pro-7B with the OCR reward on 8 GPUs.
 
 `python scripts/run_training_ocr.py [--dry-run] [--num-processes N] [--accelerate-config NAME] [--key value ...]`.
 """

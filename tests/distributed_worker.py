@@ -22,9 +22,9 @@ from stage_grpo.benchmarks import get_benchmark
 from stage_grpo.data import load_rows
 from stage_grpo.heldout import HeldoutEvaluation
 from stage_grpo.heldout_plan import HeldoutPlan
+from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy
 from stage_grpo.trainer import StageTrainer
-from stage_grpo.training import LORA_TARGETS
 from test_trainer import brightness, config
 
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED" in os.environ

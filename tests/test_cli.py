@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
+from stage_grpo import demo, training
 from stage_grpo.cli import main
+from stage_grpo.evaluation.scores import Scores
+from stage_grpo.training import TrainingResult
 
 RECIPE = {
     "output_dir": "out",
@@ -30,7 +35,7 @@ WRONG_KEYS = {
     "unknown reward option": ({"reward_options": {"shapes": {"strickt": 1}}}, "'strickt'", "known are strict"),
     "wrong reward option": (
         {"reward_options": {"shapes": {"strict": "x"}}},
-        "'shapes' rejects its options {'strict': 'x'}",
+        "'shapes' rejects its options strict",
         "strict",
     ),
     "option of another reward": ({"reward_options": {"hps": {}}}, "'hps'", "rewards=['shapes']"),
@@ -49,7 +54,8 @@ WRONG_KEYS = {
     "missing prompts": ({"train_prompts": "absent.txt"}, "train_prompts='absent.txt'", "give a .txt, .jsonl or .csv"),
     "broken prompts": ({"train_prompts": "broken.jsonl"}, "broken.jsonl, line 2", "write one JSON object a line"),
     "too few prompts": ({"train_prompts": "one.txt"}, "holds 1 prompts", "add prompts"),
-    "reward without its metadata": ({"train_prompts": "prompts.txt"}, "'a photo of a cross'", "name at least one"),
+    "reward without its metadata": ({"train_prompts": "prompts.txt"}, "'a photo of a circle'", "name at least one"),
+    "evaluation that never comes": ({"eval_prompts": "prompts.txt"}, "does nothing with eval_strategy='no'", "epoch"),
     "evaluation of nothing": ({"eval_strategy": "steps"}, "eval_prompts is not set", "set it"),
     "missing checkpoint": ({"model": "./absent"}, "model='absent'", "give a transformers-format checkpoint"),
     "torn weights": ({"model": "./torn"}, "the weights of model='torn' are torn", "fetch or save them again"),
@@ -57,6 +63,13 @@ WRONG_KEYS = {
     "output is a file": ({"output_dir": "one.txt"}, "output_dir='one.txt'", "name a folder"),
     "resuming by another name": ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint='x'", "set resume: auto"),
     "no reference to replace": ({"ref_model": "x", "use_peft": True}, "ref_model='x'", "train without adapters"),
+    "two prompt files": ({"train_prompts": ["a", "b"]}, "train_prompts=['a', 'b']", "must be text or null"),
+    "a float as count": ({"num_generations": 4.0}, "num_generations=4.0", "must be a whole number or null"),
+    "text among numbers": ({"kl_weight_clip": ["0", "1"]}, "kl_weight_clip=['0', '1']", "a list of numbers or null"),
+    "one number as list": ({"reward_weights": 1.0}, "reward_weights=1.0", "a list of numbers or null"),
+    "mapping as list": ({"rewards": {"shapes": 1}}, "rewards={'shapes': 1}", "a list of names or null"),
+    "yes as a number": ({"max_steps": True}, "max_steps=True", "must be a whole number"),
+    "rank": ({"lora_r": -3}, "lora_r=-3", "at least 1"),
     "average of nothing": ({"ema_decay": 1.0}, "ema_decay=1.0", "between 0 and 1"),
 }
 
@@ -65,6 +78,8 @@ WRONG_WORDS = {
     "YAML list": ("train list.yaml", "['a', 'b']", "write one 'key: value' a line"),
     "no YAML": ("train absent.yaml", "'absent.yaml' cannot be read", "give a YAML file"),
     "nothing at all": ("train", "model is not set", "--model"),
+    "YAML after flags": ("train --beta 0.1 run.yaml", "'run.yaml' belongs to no key", "the YAML file first"),
+    "YAML as a flag": ("train --config=list.yaml", "['a', 'b']", "write one 'key: value' a line"),
     "unknown flag": ("train run.yaml --learnin_rate 1", "'learnin_rate'", "did you mean learning_rate?"),
     "cut flag": ("train run.yaml --learning_rat 1", "'learning_rat'", "did you mean learning_rate?"),
     "temperature": ("generate --model M --out out --prompt a --temperature -1", "temperature=-1.0", "must be above 0"),
@@ -169,6 +184,37 @@ def test_unknown_commands_are_refused_beside_the_list(capsys):
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and err == "stage: error: unknown command 'trian'\n"
     assert "  train " in out
+
+
+def test_a_first_word_lists_its_commands(capsys):
+    main(["data", "--help"])
+    out, err = capsys.readouterr()
+    assert err == "" and "  data fetch " in out and "  data list " in out and "  train" not in out
+    with pytest.raises(SystemExit) as ended:
+        main(["weights", "fetch"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and "  weights get " in out
+    assert err == "stage: error: 'weights fetch' is no command; 'stage weights --help' lists them\n"
+
+
+def test_a_stopped_demo_says_so_and_draws_with_the_recipes_template(workplace, monkeypatch, capsys):
+    templates = []
+    for name in ("load_policy", "load_tokenizer"):
+        monkeypatch.setattr(demo, name, lambda source: None)
+    monkeypatch.setattr(demo, "generate", lambda *args, prompt_template: templates.append(prompt_template))
+    monkeypatch.setattr(demo, "evaluate", lambda *args: Mock(spec=Scores))
+    monkeypatch.setattr(demo, "train", lambda *args: TrainingResult(workplace / "out", "SIGINT", 3, True, True))
+    write_recipe(workplace, prompt_template="t2i_r1", model="absent")
+    with pytest.raises(SystemExit):
+        main(["demo", "--recipe", "run.yaml", "--prompts", "prompts.txt"])
+    assert "SIGINT ended the training after step 3" in capsys.readouterr().err and templates == ["t2i_r1"]
+
+
+@pytest.mark.parametrize(("can_continue", "told"), [(True, "--resume auto"), (False, "--model out/checkpoint-3")])
+def test_a_stopped_run_prints_what_can_be_done_next(can_continue, told, workplace, monkeypatch, capsys):
+    result = TrainingResult(Path("out"), "SIGTERM", 3, can_continue, True)
+    monkeypatch.setattr(training, "train", lambda config: result)
+    assert told in run(capsys, "train run.yaml")
 
 
 def run(capsys, line, *more):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,10 +168,16 @@ def test_weights_are_read_anew_in_every_rollout(policy, prompt_ids, uniforms):
 
 def test_weights_are_not_copied_where_memory_is_short(policy, by_length, codes, monkeypatch):
     usual = logits_along(DecoderSteps(policy, make_decoder(policy, by_length), by_length, True), codes)
-    monkeypatch.setattr(module, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(total=0))
     built = make_decoder(policy, by_length)
     found = logits_along(DecoderSteps(policy, built, by_length, True), codes)
     torch.testing.assert_close(found, usual, atol=2e-5, rtol=0)
+
+
+def test_what_else_runs_on_a_machine_decides_nothing(policy, monkeypatch):
+    """Fused products round in another way, so a rollout must not come to have them or not."""
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, available=0))
+    assert module._copies_fit(policy.backbone, torch.float32)
 
 
 def lora(policy):

@@ -19,10 +19,11 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
-from stage_grpo import launch, preflight, supervise
+from stage_grpo import launch, preflight, supervise, training
 from stage_grpo.cli import main
 from stage_grpo.config import parse_config
 from stage_grpo.planning.sizes import policy_sizes
+from stage_grpo.policy import loading
 
 ROOT = Path(__file__).parents[1]
 TINY = "assets/tiny-janus-shapes"
@@ -214,6 +215,21 @@ def test_weights_must_be_whole(tmp_path, monkeypatch):
     assert "neither a folder nor whole in the hub cache" in problems("some/model")[0]
     (folder / "model-2.safetensors").touch()
     assert problems(folder) == problems("some/model") == []
+    # What training refuses although it is whole.
+    (folder / "config.json").write_text('{"model_type": "multi_modality"}')
+    assert problems(folder) == []
+    ((what, remedy),) = preflight._weights("model", "some/model")
+    assert what == "model some/model is a hub name in DeepSeek's own format"
+    assert remedy.startswith("hf download some/model --local-dir model, then --model model; or --model deepseek-commu")
+    original = {"model_type": "multi_modality"}
+    monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", lambda name: (original, {}))
+    with pytest.raises(ValueError, match="own format; hf download some/model --local-dir model"):
+        loading.load_policy("some/model")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter_config.json").write_text("{}")
+    ((what, remedy),) = preflight._weights("model", str(tmp_path / "run"))
+    assert what.endswith("run is a LoRA adapter") and remedy.startswith(f"stage merge {tmp_path / 'run'} ")
+    assert list(preflight._weights("ref_model", str(tmp_path / "run"))) == []
 
 
 def test_paths_rewards_and_disk_are_named(tmp_path, gpus):
@@ -223,6 +239,7 @@ def test_paths_rewards_and_disk_are_named(tmp_path, gpus):
         "output_dir": tmp_path / "file",
         "model": "./no/such/folder/Janus-Pro-7B",
         "eval_prompts": "absent.txt",
+        "eval_strategy": "epoch",
     }
     found = prepared("configs/train/geneval.yaml", "--num-processes", "2", **wrong).lacking
     assert [what.split("(")[0].strip() for what, _ in found] == [
@@ -278,7 +295,8 @@ def test_the_way_to_spread_follows_from_recipe_and_gpus(gpus, monkeypatch):
         return Path(command[command.index("--config_file") + 1]).stem
 
     assert chosen() == "zero3"
-    assert chosen("configs/train/lora_1gpu.yaml") == "ddp"
+    assert chosen("configs/train/lora_1gpu.yaml") == "single"
+    assert chosen("configs/train/lora_1gpu.yaml", "--num-processes", "2") == "ddp"
     assert chosen("configs/train/geneval.yaml", "--num-processes", "1") == "single"
     assert chosen("configs/train/geneval.yaml", "--accelerate-config", "fsdp2") == "fsdp2"
     assert chosen("configs/train/geneval.yaml", "--accelerate_config", "configs/accelerate/zero2.yaml") == "zero2"
@@ -294,6 +312,21 @@ def test_too_few_gpus_are_reported_and_fewer_can_be_asked_for(gpus):
     assert prepared("configs/train/geneval.yaml", "--gpus", "2").lacking == []
 
 
+def test_a_recipe_for_one_gpu_stays_on_one(monkeypatch, caplog):
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 8)
+    lora = "configs/train/lora_1gpu.yaml"
+    one, eight = prepared(lora), prepared(lora, "--num-processes", "8", gradient_accumulation_steps=1)
+    sizes = [(ready.plan.setting.num_gpus, ready.plan.work.images_per_step) for ready in (one, eight)]
+    assert sizes == [(1, 64), (8, 64)]
+    assert "7 more GPUs are visible; --num-processes uses them" in one.describe()
+    assert "more GPUs" not in eight.describe()
+    # One process sees eight GPUs, and uses the first.
+    config = parse_config("stage train", [lora, *words()])
+    assert config.n_gpu == 1
+    training._check_config(config)
+    assert "one process trains on the first of 8 visible GPUs" in caplog.text
+
+
 def test_several_machines(gpus):
     machines = ["--num-machines", "4", "--machine-rank", "3", "--main-process-ip", "10.0.0.1"]
     ready = prepared("configs/train/geneval.yaml", *machines, "--main-process-port", "29400", "--gpus", "2")
@@ -306,6 +339,16 @@ def test_several_machines(gpus):
     assert (args.main_process_ip, args.deepspeed_multinode_launcher) == ("10.0.0.1", "standard")
 
 
+def test_batches_are_counted_over_all_machines(gpus):
+    """Half a group on each of the processes, as docs/distributed.md says for twice the GPUs."""
+    machines = ["--num-machines", "2", "--machine-rank", "0", "--main-process-ip", "10.0.0.1", "--num-processes", "16"]
+    plan = prepared("configs/train/geneval.yaml", *machines, per_device_train_batch_size=4).plan
+    assert (plan.setting.num_gpus, plan.work.prompts_per_rollout, plan.work.images_per_step) == (16, 8, 64)
+    # Half a rollout on each of two.
+    shared = prepared("configs/train/geneval.yaml", "--gpus", "2", generation_batch_size=64).plan
+    assert (shared.setting.num_gpus, shared.setting.num_rollout_rows) == (2, 32)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -313,6 +356,7 @@ def test_several_machines(gpus):
         (["--num-processes", "3", "--num-machines", "2"], "num_processes=3 must be a multiple of num_machines=2"),
         (["--num-processes", "0"], "num_processes=0 must be a multiple"),
         (["--num-processes", "1", "--accelerate-config", "ddp"], "give --accelerate-config single"),
+        (["--accelerate-config", "single"], "starts one process, not 8; give --num-processes 1"),
         (["--accelerate-config", "zero4"], "accelerate_config='zero4' is no file, and there is no zero4.yaml in"),
         (["--betta", "1"], "unknown key 'betta'"),
     ],

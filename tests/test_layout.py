@@ -15,12 +15,12 @@ SOURCE = ROOT / "src" / "stage_grpo"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    ["types", "command_line", "checksums", "plug_ins", "versions"],
+    ["types", "command_line", "checksums", "devices", "option_checks", "plug_ins", "versions"],
     ["objective", "similarity", "entropy", "weighting", "presets"],
     ["checkpoints", "download", "prompt_sets", "run_checkpoints"],
     ["policy", "shards", "averaging"],
     ["sampling", "rollout", "generation", "merge"],
-    ["guard_signals", "guard_rules", "guard_options", "micro_batches"],
+    ["guard_signals", "guard_rules", "guard_options", "micro_batches", "config_parsing"],
     ["config", "heldout_plan", "heldout_record", "preflight", "graceful_stop", "resuming", "resumable"],
     ["guard_record", "guard", "guarded"],
     ["planning"],

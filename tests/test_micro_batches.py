@@ -3,14 +3,16 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trl.trainer.utils import split_tensor_dict
 
 from conftest import PROMPTS
-from stage_grpo import micro_batched, trl_seams
+from stage_grpo import devices, micro_batched, trl_seams
 from stage_grpo.config import parse_config
+from stage_grpo.devices import free_bytes
 from stage_grpo.micro_batched import choose_size, split_again
 from stage_grpo.micro_batches import in_micro_batches
 from stage_grpo.planning.memory import components
@@ -19,6 +21,8 @@ from stage_grpo.planning.plan import describe, levers, make_plan
 from stage_grpo.planning.sizes import measure, sizes_of
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.policy.janus import JanusPolicy
+from stage_grpo.rewards.batching import choose_batch_size
+from stage_grpo.rollout import memory_budget
 from stage_grpo.shapes import tiny
 from test_trainer import LOSS_TYPES, config, dataset, logged, loss_and_gradients, scored_batch, trainer_for
 
@@ -212,12 +216,23 @@ def chosen(checkpoint, tmp_path, monkeypatch, caplog):
     return choose
 
 
+def test_free_memory_is_all_that_could_be_taken(monkeypatch):
+    """3 that nobody holds, and 12 that PyTorch holds for later; of a machine also the cache of files."""
+    gpu = {"mem_get_info": (3, 80), "memory_reserved": 20, "memory_allocated": 8}
+    for name, value in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=40, free=2))
+    assert [free_bytes(torch.device(name)) for name in ("cuda", "cpu")] == [15, 40]
+    assert memory_budget(torch.device("cuda")) == 15 // 2
+    assert [choose_batch_size(None, 1, name) for name in ("cuda:0", "cpu")] == [15 // 4, 40 // 4]
+
+
 def test_the_largest_size_that_fits_is_chosen(chosen, checkpoint, tmp_path):
     args = config(tmp_path, per_device_train_batch_size=12, use_cpu=True)
     longest = max(map(len, load_policy(checkpoint).encode_prompts(load_tokenizer(load_policy(checkpoint)), PROMPTS)))
     args.model = checkpoint
     for size in (3, 12):
-        args.per_device_train_batch_size = size
+        args.per_device_train_batch_size = args.num_generations = size
         plan = make_plan(args, 1, parallel="ddp", num_prompt_tokens=longest)
         plan = dataclasses.replace(plan.setting, mixed=False)
         there = {part.name: part.size for part in components(plan) if part.phase == "always"}

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from stage_grpo.planning.sizes import PUBLISHED, measure, policy_sizes
 from stage_grpo.policy import load_policy
 from stage_grpo.policy.steps import prefill
 from stage_grpo.sampling import Sampling
-from stage_grpo.training import _lora
+from stage_grpo.trl_seams import lora_config
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "assets/tiny-janus-shapes")
@@ -114,7 +115,7 @@ def test_sizes_of_a_folder_are_those_of_the_loaded_policy():
 def test_adapters_are_counted_as_peft_makes_them(lora_recipe):
     policy = load_policy(TINY)
     run = tiny_run(lora_recipe, policy, lora_r=5)
-    wrapped = get_peft_model(policy, _lora(run.config))
+    wrapped = get_peft_model(policy, lora_config(run.config))
     assert run.trainable == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
 
@@ -239,7 +240,7 @@ def test_activations_of_a_layer_equal_what_autograd_saves(recipe, lora_recipe, d
     config = lora_recipe if lora else recipe
     run = tiny_run(config, policy, dtype=dtype, lora_r=5, parallel=parallel, mixed=autocast or dtype == "bfloat16")
     if lora:
-        get_peft_model(policy, _lora(run.config))
+        get_peft_model(policy, lora_config(run.config))
     layer = policy.backbone.layers[0]
     hidden = torch.randn(B, P + T, 192, dtype=policy.dtype, requires_grad=True)
     place = torch.arange(P + T).repeat(B, 1)
@@ -332,6 +333,18 @@ def test_steps_follow_from_the_prompt_file(recipe, sizes_7b, tmp_path):
     assert work.work(run_of(changed(recipe, **epochs), sizes_7b)).num_steps is None
 
 
+def test_rollouts_that_serve_several_steps(recipe, sizes_7b, tmp_path):
+    """Of 83 prompts 80 fill rollouts of 16: five of them, each cut into two batches, each batch used three times."""
+    (tmp_path / "prompts.txt").write_text("a dog\n" * 83)
+    epochs = {"max_steps": -1, "num_train_epochs": 3, "train_prompts": str(tmp_path / "prompts.txt")}
+    served = {"steps_per_generation": 2, "num_iterations": 3, "gradient_accumulation_steps": 4, **epochs}
+    done = work.work(run_of(changed(recipe, **served), sizes_7b))
+    # 5 x 2 x 3 = 30 passes are 8 steps of 4, the last one short.
+    assert (done.num_steps, done.images_per_rollout, done.prompts_per_rollout) == (3 * 8, 128, 16)
+    assert done.rollouts_per_step == Fraction(4, 6) and done.num_rollouts == 16
+    assert (done.images_per_step, done.prompts_per_step) == (Fraction(256, 3), Fraction(32, 3))
+
+
 def test_disk_by_hand(recipe, lora_recipe, sizes_7b):
     done = work.work(run_of(recipe, sizes_7b))
     # 16-bit weights, DeepSpeed's master and moments, and the frozen parameters that it holds once more.
@@ -369,9 +382,9 @@ def test_bfloat16_optimizer_states_are_warned_of(recipe):
     assert not any("rounded away" in line for line in warnings(make_plan(changed(recipe, dtype="float32"), 1)))
 
 
-def test_groups_that_do_not_fit_the_gpus_are_warned_of(recipe):
-    (warning,) = warnings(make_plan(changed(recipe, per_device_train_batch_size=1), 4))
-    assert warning.startswith("4 GPUs x 1 images are no multiple of num_generations=8")
+def test_groups_that_do_not_fit_the_gpus_are_refused(recipe):
+    with pytest.raises(ValueError, match="4 GPUs x 1 images are no multiple of num_generations=8; change per_device"):
+        make_plan(changed(recipe, per_device_train_batch_size=1), 4)
 
 
 @pytest.mark.parametrize(
@@ -382,6 +395,11 @@ def test_groups_that_do_not_fit_the_gpus_are_warned_of(recipe):
         (["--gpus", "many"], "invalid int value"),
         (["--model", "someone/else"], "hf download someone/else config.json"),
         (["--betta", "1"], "unknown key 'betta'"),
+        (
+            ["--gpus", "3", "--per_device_train_batch_size", "4"],
+            "(12) must be divisible by num_generations (8). It is per_device_train_batch_size=4 x "
+            "gradient_accumulation_steps=1 x 3 processes",
+        ),
     ],
 )
 def test_wrong_words_end_in_one_line(words, message, capsys):
@@ -398,6 +416,29 @@ def test_overrides_and_flags_reach_the_plan(capsys):
     out = capsys.readouterr().out
     assert "2 x 48.0 GB, zero2" in out and "steps: 7" in out and "8 of 8 images x" in out
     assert f"{2 * 8 * 576 * 7:,}" in out
+
+
+def planned(capsys, *words):
+    """Lines that the command prints of a small model, by their first word, as words."""
+    main(["plan", str(ROOT / "configs/train/geneval.yaml"), "--model", TINY, *words])
+    lines = (re.split(r"  +|: ", line) for line in capsys.readouterr().out.splitlines())
+    return {name: rest for name, *rest in lines}
+
+
+def test_batches_are_counted_over_all_gpus(capsys):
+    halved = planned(capsys, "--gpus", "8", "--per_device_train_batch_size", "4")
+    assert halved["prompts"] == ["4", "6,400"] and halved["images"] == ["32", "51,200"]
+    shared = planned(capsys, "--gpus", "8", "--generation_batch_size", "64")
+    assert shared["cache and logits"][2].startswith("8 of 8 images x")
+    assert planned(capsys, "--per_device_train_batch_size", "4") == halved  # eight GPUs are what it is meant for
+
+
+def test_a_rollout_for_two_steps_is_planned(capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\n" * 10)
+    words = ["--gpus", "1", "--num_iterations", "2", "--train_prompts", str(tmp_path / "prompts.txt")]
+    epochs = planned(capsys, *words, "--max_steps", "-1", "--num_train_epochs", "3")
+    assert (epochs["steps"], epochs["prompts"], epochs["images"]) == (["60"], ["0.5", "30"], ["4", "240"])
+    assert planned(capsys, *words, "--max_steps", "7")["prompts"] == ["0.5", "4"]
 
 
 def test_documented_plan_is_what_the_command_prints(recipe):

@@ -1,5 +1,6 @@
 """The README is true: its Python runs, its commands parse, its links lead somewhere."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from stage_grpo.config import parse_config
+from stage_grpo.launch import prepare_launch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +41,16 @@ def test_train_command_of_the_readme_parses(monkeypatch):
     assert config.max_steps == 50 and config.learning_rate == 1e-4 and config.rewards == ["shapes"]
 
 
+def test_launch_commands_of_the_readme_are_dry_and_come_after_the_environment(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    launches = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("stage launch")]
+    plans = [prepare_launch("stage launch", words) for words in launches]
+    assert [(ready.is_dry, ready.plan.setting.num_gpus) for ready in plans] == [(True, 8), (True, 1)]
+    activated = next(i for i, line in enumerate(lines) if line.startswith(". .venv/bin/activate"))
+    assert activated < min(i for i, line in enumerate(lines) if line.startswith(("stage ", "pip ")))
+
+
 RECIPES = [path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("accelerate", "ablation")]
 
 
@@ -48,6 +60,14 @@ def test_every_shipped_recipe_parses(recipe, monkeypatch):
     config = parse_config("stage train", [str(recipe)])
     given = yaml.safe_load(recipe.read_text())
     assert config.output_dir == given["output_dir"] and config.beta == given["beta"]
+
+
+def test_pinned_requirements_are_those_of_the_package():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    lists = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    needed, pinned = ast.literal_eval(lists["CORE"]), (ROOT / "requirements.txt").read_text().splitlines()
+    names = [{re.split("[<=>]", line)[0].lower() for line in lines if line[0] != "#"} for lines in (needed, pinned)]
+    assert names[0] == names[1]
 
 
 def test_links_lead_somewhere():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from trl.trainer import grpo_trainer
 
 from original_janus import copy_folder, tiny_weights, write_original
@@ -179,6 +180,20 @@ def test_references_that_cannot_be_loaded_are_named(checkpoint, other, tmp_path)
 def test_a_reference_that_would_not_be_used_is_refused(tmp_path, other, changes):
     with pytest.raises(ValueError, match="ref_model="):
         config(tmp_path, ref_model=other, **changes)
+
+
+def test_a_reference_beside_adapters_is_refused(checkpoint, other, tmp_path):
+    adapters = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"ref_model='\S+' does not go with adapters.*leave ref_model out, or"):
+        trainer_for(checkpoint, tmp_path, ref_model=other, peft_config=adapters)
+    with pytest.raises(ValueError, match="does not go with adapters"):
+        wrapped = get_peft_model(load_policy(checkpoint), adapters)
+        StageTrainer(wrapped, brightness, config(tmp_path, ref_model=other), dataset())
+
+
+def test_options_that_only_the_reference_would_take_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': 'bfloat16'\} is not supported.*set dtype and"):
+        config(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
 
 
 def test_guided_scoring_by_a_reference_whose_checkpoint_names_no_pad_token(checkpoint, tmp_path):

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 
 from conftest import PROMPTS
 from stage_grpo.cli import main
+from stage_grpo.policy.adapters import is_adapter
 from stage_grpo.resuming import MATHS, NEUTRAL, NO_EFFECT, NO_RESULT, changes
 from stage_grpo.run_checkpoints import defect, newest_whole, rotate, seal
+from stage_grpo.run_folder import RunFolder
+from stage_grpo.run_record import read_run
 from test_trainer import config, dataset, logged, trainer_for
 
 MEASURED = (
@@ -96,6 +99,22 @@ def test_a_resumed_run_equals_the_straight_run_to_the_bit(checkpoint, tmp_path, 
                 dict(resumed.ref_model.named_parameters()), dict(straight.ref_model.named_parameters())
             )
     assert len({row["reward"] for row in numbers(tmp_path / "a") if "reward" in row}) > 2
+
+
+def test_another_accumulation_continues_where_no_rollout_is_under_way(checkpoint, tmp_path):
+    make(checkpoint, tmp_path, max_steps=1).train()
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    resumed = make(checkpoint, tmp_path, max_steps=2, **halves)
+    resumed.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in numbers(tmp_path)] == [1, 2] and resumed._step == 4
+
+
+def test_a_rollout_under_way_is_finished_as_it_began(checkpoint, tmp_path):
+    two_steps = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    make(checkpoint, tmp_path, max_steps=1, **two_steps).train()
+    other = make(checkpoint, tmp_path, max_steps=2, **{**two_steps, "gradient_accumulation_steps": 1})
+    with pytest.raises(ValueError, match=r"rollout under way: continue it with gradient_accumulation_steps=2 as"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_a_finished_run_takes_no_further_step(checkpoint, tmp_path):
@@ -247,6 +266,34 @@ def test_training_again_continues_from_the_newest_whole_checkpoint(run, capsys, 
     assert rates[1][2] == pytest.approx(0.001 * 2 / 3)  # the second of three steps
     assert rates[0][2] == pytest.approx(0.002 / 2)  # twice the rate of the second of two steps
     assert [row["step"] for row in logged(run / "out")][:3] == [1, 2, 3]
+
+
+def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one(run):
+    out = run / "out"
+    old = ["adapter_config.json", "adapter_model.safetensors", "ema/config.json", "ema/model.safetensors"]
+    old += ["samples/step_000009.png", "samples/step_000009_labelled.png", "samples/step_000009.json"]
+    old += ["heldout.jsonl", "heldout/step-000050/scores.json", "best/config.json"]
+    for name in (*old, "notes.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    main(["train", "run.yaml", "--max_steps", "1", "--save_strategy", "no", "--sample_steps", "1"])
+    assert [name for name in old if (out / name).exists()] == []
+    assert not is_adapter(out) and (out / "model.safetensors").is_file() and (out / "notes.txt").is_file()
+    assert read_run(out).sample_steps == [1] and not (out / "ema").exists() and not (out / "best").exists()
+
+
+def test_a_resumed_run_keeps_the_pictures_up_to_its_step(tmp_path):
+    names = [f"step_{step:06d}{end}" for step in (1, 10, 20) for end in (".png", "_labelled.png", ".json")]
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "best").mkdir()
+    for name in names:
+        (tmp_path / "samples" / name).touch()
+    folder = RunFolder(tmp_path)
+    folder.is_resumed = True
+    folder.start_metrics(10)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(names[:6])
+    folder.forget_heldout([str(tmp_path / "best")])  # trained from the best policy of the earlier run
+    assert (tmp_path / "best").is_dir()
 
 
 def test_wrong_checkpoints_are_refused_in_one_line(run, capsys):

@@ -258,6 +258,11 @@ def test_a_resolved_configuration_can_be_read_again(tmp_path):
     )
 
 
+def test_a_configuration_changes_no_preset(tmp_path):
+    StageConfig(str(tmp_path)).kl_weight_clip[1] = 0.5
+    assert StageConfig(str(tmp_path)).kl_weight_clip == [0.0, 1.0]
+
+
 def test_beta_zero_goes_with_critical_tokens_that_are_not_dynamic(tmp_path):
     config = StageConfig(
         str(tmp_path), preset="grpo", beta=0.0, token_weighting="critical", token_weighting_options={"dynamic": False}

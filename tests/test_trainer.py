@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +11,13 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from conftest import PROMPTS, save_untrained
-from stage_grpo import objective
+from stage_grpo import devices, objective
 from stage_grpo.config import PRESETS, StageConfig
+from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy
 from stage_grpo.rewards.base import as_trl_reward
 from stage_grpo.shapes import tiny
 from stage_grpo.trainer import StageTrainer
-from stage_grpo.training import LORA_TARGETS
 from stage_grpo.trl_seams import reference_of, sample_images
 
 LOSS_TYPES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -88,7 +90,7 @@ def loss_and_gradients(trainer, batch, compute):
 
 def assert_same(one, other, atol=1e-6):
     torch.testing.assert_close(one[0], other[0], atol=atol, rtol=0)
-    assert one[1].keys() == other[1].keys() and len(one[1]) > 20
+    assert one[1].keys() == other[1].keys() and len(one[1]) >= 20
     for name in one[1]:
         torch.testing.assert_close(one[1][name], other[1][name], atol=atol, rtol=0)
 
@@ -328,18 +330,20 @@ def test_tied_groups_get_no_advantage_and_no_kl_where_asked(checkpoint, tmp_path
     assert batch["advantages"][4:].ne(0).any() and batch["kl_weights"][4:].gt(0).all()
 
 
-def test_spread_below_the_guard_counts_as_a_tie(checkpoint, tmp_path):
+@pytest.mark.parametrize("aggregation", ["weighted_sum", "normalize_then_sum"])
+def test_spread_below_the_guard_counts_as_a_tie(checkpoint, tmp_path, aggregation):
     def nearly(images, prompts, metadata):
         return [1.0, 1.0, 1.0, 1.001] * 2
 
+    stage = trainer_for(checkpoint, tmp_path, reward=nearly, preset="grpo", reward_aggregation=aggregation)
+    stage.model.train()
     for guard, tie in ((0.0, False), (0.01, True)):
-        stage = trainer_for(checkpoint, tmp_path, reward=nearly, preset="grpo", min_reward_std=guard)
-        stage.model.train()
+        stage.args.min_reward_std = guard
         rows = [dict(row) for row in stage.train_dataset.select(range(2)) for _ in range(4)]
         assert stage._generate_and_score_completions(rows)["advantages"].eq(0).all() == tie
 
 
-def test_entropy_loss_adds_the_squared_gap_with_its_gradient(checkpoint, tmp_path):
+def test_entropy_loss_adds_the_squared_gap_with_its_gradient(checkpoint, tmp_path, monkeypatch):
     stage = trainer_for(checkpoint, tmp_path, preset="grpo", entropy_loss_weight=0.5)
     batch = scored_batch(stage)
     ours = loss_and_gradients(stage, batch, stage._compute_loss)
@@ -354,6 +358,11 @@ def test_entropy_loss_adds_the_squared_gap_with_its_gradient(checkpoint, tmp_pat
 
     assert (batch["ref_entropy"] - batch["ref_entropy"].mean()).abs().max() > 1e-3
     assert_same(ours, loss_and_gradients(stage, batch, written_out), atol=2e-6)
+    # The mean over processes, here two of which the second has three times as much.
+    monkeypatch.setattr(stage, "_gather", lambda part: torch.stack([part, 3 * part]))
+    stage._compute_loss(stage.model, dict(batch))
+    first, both = stage._metrics["train"]["entropy_loss"]
+    assert both == pytest.approx(2 * first, rel=1e-5) and first > 0
 
 
 def test_evaluation_logs_and_repeats_exactly(checkpoint, tmp_path):
@@ -385,7 +394,19 @@ def test_gradient_checkpointing_changes_no_gradient(checkpoint, tmp_path):
     assert one["reward"] == other["reward"]
 
 
-def test_run_folder_holds_what_is_promised(checkpoint, tmp_path):
+def test_the_clock_is_read_when_the_gpu_is_done(monkeypatch):
+    events = []
+    stream = SimpleNamespace(synchronize=lambda: events.append("done"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: events.append("read") or 0.0))
+    for name in ("cuda", "cpu"):
+        devices.clock(torch.device(name))
+    assert events == ["done", "read", "read"]
+
+
+def test_run_folder_holds_what_is_promised(checkpoint, tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("stage_grpo.trainer.clock", lambda device: float(next(ticks)))
     stage = trainer_for(checkpoint, tmp_path, sample_steps=2, report_to=["tensorboard"])
     stage.train()
     run = json.loads((tmp_path / "run.json").read_text())
@@ -404,6 +425,10 @@ def test_run_folder_holds_what_is_promised(checkpoint, tmp_path):
         seconds/rollout seconds/decode seconds/reward seconds/reference seconds/update step_time
         images_per_second memory/peak_mb loss grad_norm learning_rate"""
     assert set(promised.split()) <= row.keys()
+    # The clock ticks when it is read: twice a phase, and twice around all of a rollout, its phases and its rewards.
+    assert all(row[f"seconds/{phase}"] == 1 for phase in ("rollout", "decode", "reward", "reference"))
+    assert row["seconds/update"] == 2
+    assert row["images_per_second"] == pytest.approx(8 / 9)
 
 
 def test_trackers_receive_metrics_and_sample_grids(checkpoint, tmp_path, monkeypatch):

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((known for known in sorted(COMMANDS, key=len, reverse=True) if _begins(words, known)), None)
     if name is None:
-        _print_help(words)
+        groups = {known.split()[0] for known in COMMANDS if " " in known}
+        (_print_group if words and words[0] in groups else _print_help)(words)
         return
     # Renamings announced by the libraries for their next major version are for us, not for users.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -61,6 +62,16 @@ def _print_help(words: list[str]) -> None:
         sys.exit(2)
 
 
+def _print_group(words: list[str]) -> None:
+    """List the commands that begin with a word, such as ``data``."""
+    lines = [f"  {name:<18} {summary}" for name, (summary, _) in COMMANDS.items() if name.split()[0] == words[0]]
+    print(f"usage: stage {words[0]} COMMAND ...\n\n" + "\n".join(lines))
+    if words[1:2] not in (["-h"], ["--help"]):
+        given = repr(" ".join(words[:2]))
+        print(f"stage: error: {given} is no command; 'stage {words[0]} --help' lists them", file=sys.stderr)
+        sys.exit(2)
+
+
 @command("train", "train a policy from a YAML file; every key is also a flag")
 def _train(program: str, words: list[str]) -> None:
     from stage_grpo.config import parse_config
@@ -70,13 +81,17 @@ def _train(program: str, words: list[str]) -> None:
     result = train(parse_config(program, words))
     if not result.is_main_process:
         return
+    checkpoint = f"{result.folder}/checkpoint-{result.step}"
     if result.stopped_by is None:
         print(f"saved {result.folder}")
+    elif not result.can_continue:
+        print(f"{result.stopped_by}: saved {checkpoint}; save_only_model leaves nothing to continue with, a new run")
+        print(f"  begins from it with --model {checkpoint} --resume never")
     else:
         # The last of several equal flags counts. A launcher's own words are not known here.
         again = shlex.join([*program.split(), *words, "--resume", "auto"])
         how = "the command that launched it" if "WORLD_SIZE" in os.environ else again
-        print(f"{result.stopped_by}: saved {result.folder}/checkpoint-{result.step}; continue with\n  {how}")
+        print(f"{result.stopped_by}: saved {checkpoint}; continue with\n  {how}")
 
 
 @command("generate", "write images for prompts")
@@ -171,7 +186,7 @@ def _plan(program: str, words: list[str]) -> None:
     print(main_plan(program, words))
 
 
-@command("launch", "check what a run needs, say what is missing, and start it on all GPUs")
+@command("launch", "check what a run needs, say what is missing, and start it, one process a GPU")
 def _launch(program: str, words: list[str]) -> None:
     from stage_grpo.launch import prepare_launch
 

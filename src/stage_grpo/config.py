@@ -6,18 +6,18 @@ values: each can be overridden alone, so every ablation is one value away.
 
 from __future__ import annotations
 
-import difflib
+import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
-import yaml
-from trl import GRPOConfig, TrlParser
+from trl import GRPOConfig
 
 from stage_grpo import guard_options, heldout_plan, micro_batches
+from stage_grpo.config_parsing import OneLineParser, check_names, read_mapping
+from stage_grpo.config_types import check_types
 from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.presets import CHOICES, NOT_NEGATIVE, PRESETS, UNSUPPORTED
 from stage_grpo.sampling import Sampling
@@ -133,13 +133,15 @@ class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOCo
                 raise
             raise ValueError(
                 f"{error} It is per_device_train_batch_size={self.per_device_train_batch_size} x "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} x processes: change one of them, or "
-                f"num_generations={self.num_generations}"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} x {self.world_size} processes: "
+                f"change one of them, or num_generations={self.num_generations}"
             ) from error
+        if self.n_gpu > 1:  # one process, several GPUs: transformers would use nn.DataParallel, which TRL refuses
+            self._n_gpu = 1
         self._check_values()
         self._check_method()
         self._check_rewards()
-        self._check_reference()
+        self._check_models_and_data()
         heldout_plan.check_values(self)
         guard_options.check_values(self)
         micro_batches.check_values(self)
@@ -155,10 +157,10 @@ class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOCo
             raise ValueError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, copy.copy(value))  # a list is this configuration's own
 
     def _check_counts(self) -> None:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if (self.num_generations or 0) < 2:
@@ -211,7 +213,11 @@ class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOCo
         if names and self.reward_weights is not None and len(self.reward_weights) != len(names):
             raise ValueError(f"reward_weights={self.reward_weights} must have one weight for each of rewards={names}")
 
-    def _check_reference(self) -> None:
+    def _check_models_and_data(self) -> None:
+        if self.eval_prompts and not self.do_eval and not self.eval_on_start:
+            raise ValueError(
+                f"eval_prompts={self.eval_prompts!r} does nothing with eval_strategy='no'; set it, e.g. to epoch"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, e.g. 0.999, or be left out")
         for name in ("ref_model", "sync_ref_model"):
@@ -228,69 +234,47 @@ class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOCo
         return json.loads(self.to_json_string())
 
 
-class OneLineParser(TrlParser):
-    """TRL's parser of YAML files and flags. Errors are ``ValueError``; flags are not to be abbreviated."""
-
-    def __init__(self, config_class: Any, **kwargs: Any):
-        super().__init__(config_class, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(message)
-
-
-def parse_config(program: str, words: Sequence[str]) -> StageConfig:
+def parse_config(
+    program: str, words: Sequence[str], num_processes: Callable[[StageConfig], int] | None = None
+) -> StageConfig:
     """Read a configuration from ``[FILE.yaml] [--key value ...]``.
 
     Args:
         program: Name of the command, for its help.
         words: Command-line words; a first word that is no flag is the YAML file.
+        num_processes: Tells the processes of a run that is to start elsewhere, from what the configuration says
+            otherwise; None: the run is in the processes that are there.
 
     Raises:
         ValueError: If the file cannot be read or is not a YAML mapping, a key is unknown, or a value is wrong.
     """
-    words = list(words)
+    known = [option.name for option in fields(StageConfig)]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if words and not words[0].startswith("-"):
         words.insert(0, "--config")
     if "--config" in words:
         file = "".join(words[words.index("--config") + 1 :][:1])
-        _check_names(f"configuration {file!r}", _read_keys(file))
-    _check_names("the command line", [word[2:].split("=")[0] for word in words if word.startswith("--")])
-    parser = OneLineParser(StageConfig, prog=program, usage="%(prog)s [CONFIG.yaml] [--KEY VALUE ...]")
+        content, where = read_mapping(file), f"configuration {file!r}"
+        check_names(where, content, known)
+        check_types(where, content, StageConfig)
+    check_names("the command line", [word[2:].split("=")[0] for word in words if word.startswith("--")], known)
+    kind = StageConfig if num_processes is None else _planned_for(num_processes)
+    parser = OneLineParser(kind, prog=program, usage="%(prog)s [CONFIG.yaml] [--KEY VALUE ...]")
     try:
-        (config,) = parser.parse_args_and_config(words)
+        config, rest = parser.parse_args_and_config(words, return_remaining_strings=True)
     except TypeError as error:
         raise ValueError(f"a value has the wrong type: {error}") from error
+    if rest:
+        raise ValueError(f"{' '.join(rest)!r} belongs to no key; give the YAML file first, then --key value")
     return config
 
 
-def _read_keys(path: str) -> list[str]:
-    """Keys of a YAML mapping, read ahead of TRL's parser for the sake of the messages."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"configuration {path!r} cannot be read ({error.strerror}); give a YAML file or --key value"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {path!r} is not valid YAML; correct it: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"configuration {path!r} holds {content!r:.60} instead of a YAML mapping; write one 'key: value' a line"
-        )
-    return [str(key) for key in content]
+def _planned_for(num_processes: Callable[[StageConfig], int]) -> type[StageConfig]:
+    """A configuration that counts its batches as in a run of so many processes."""
 
+    class PlannedConfig(StageConfig):
+        @property
+        def world_size(self) -> int:
+            return num_processes(self)
 
-def _check_names(where: str, names: Iterable[str]) -> None:
-    known = [option.name for option in fields(StageConfig)]
-    for name in names:
-        plain = name.replace("-", "_")
-        if plain in (*known, "config", "help") or plain.removeprefix("no_") in known:
-            continue
-        near = difflib.get_close_matches(plain, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "'stage train --help' lists them all"
-        raise ValueError(f"{where} has an unknown key {name!r}; {hint}")
+    return PlannedConfig

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from stage_grpo.benchmarks import GRADED, STRICT
-from stage_grpo.config import parse_config
+from stage_grpo.config import StageConfig, parse_config
 from stage_grpo.data import load_rows
 from stage_grpo.evaluation.evaluate import evaluate
 from stage_grpo.evaluation.scores import OVERALL, Scores, compare, format_comparison
@@ -21,7 +21,6 @@ from stage_grpo.pages.report import write_demo_report
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.run_folder import write_atomically
 from stage_grpo.run_record import read_run
-from stage_grpo.sampling import Sampling
 from stage_grpo.training import train
 
 
@@ -69,7 +68,7 @@ def run_demo(config: DemoConfig) -> str:
         The table of both sides and the path of the report, to print.
 
     Raises:
-        ValueError: If a file it needs is missing or a value is wrong.
+        ValueError: If a file it needs is missing, a value is wrong, or the training was stopped.
     """
     start, out = time.monotonic(), Path(config.out)
     words = [config.recipe, "--output_dir", str(out / "run"), "--seed", str(config.seed)]
@@ -77,13 +76,18 @@ def run_demo(config: DemoConfig) -> str:
     training = parse_config("stage demo", words)
     for name in ("before", "run", "after"):
         shutil.rmtree(out / name, ignore_errors=True)
-    before = _score(config, str(training.model), training.sampling, out / "before")
+    before = _score(config, str(training.model), training, out / "before")
     evaluated = time.monotonic()
     # The second evaluation takes as long as the first; a tenth on top leaves room for the report.
     deadline = start + 60 * config.minutes - 1.1 * (evaluated - start)
-    train(training, [Deadline(deadline)])
+    result = train(training, [Deadline(deadline)])
+    if result.stopped_by is not None:
+        raise ValueError(
+            f"{result.stopped_by} ended the training after step {result.step}, so there is nothing to compare; run "
+            "stage demo again"
+        )
     trained = time.monotonic()
-    after = _score(config, str(out / "run"), training.sampling, out / "after")
+    after = _score(config, str(out / "run"), training, out / "after")
     phases = {
         "evaluation before": evaluated - start,
         "training": trained - evaluated,
@@ -94,10 +98,11 @@ def run_demo(config: DemoConfig) -> str:
     return f"{format_comparison(before, after)}\n\nreport: {report}"
 
 
-def _score(config: DemoConfig, model: str, sampling: Sampling, out: Path) -> Scores:
+def _score(config: DemoConfig, model: str, training: StageConfig, out: Path) -> Scores:
     """Generate images of the held-out prompts and score them; the seed is the same on both sides."""
     policy = load_policy(model)
-    generate(policy, load_tokenizer(policy), load_rows(config.prompts), out, sampling)
+    rows, template = load_rows(config.prompts), training.prompt_template
+    generate(policy, load_tokenizer(policy), rows, out, training.sampling, prompt_template=template)
     scores = evaluate(config.benchmark, out)
     scores.save(out / "scores.json")
     return scores

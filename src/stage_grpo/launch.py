@@ -28,17 +28,24 @@ class Launch:
         command: Words of the launcher's command line.
         lacking: What has to be there first.
         plan: What the run needs and does.
+        num_idle: Visible GPUs of this machine that the run leaves alone.
         is_dry: Whether only the command is wanted.
     """
 
     command: list[str]
     lacking: list[Missing]
     plan: Plan
+    num_idle: int
     is_dry: bool
 
     def describe(self) -> str:
         """What to print before anything starts."""
         lines = describe_short(self.plan)
+        if self.num_idle > 0:
+            lines.append(
+                f"{self.num_idle} more GPUs are visible; --num-processes uses them, and a step then has as many times "
+                "the images unless gradient_accumulation_steps is lowered as much"
+            )
         if self.lacking:
             lines += [
                 "",
@@ -75,24 +82,27 @@ def prepare_launch(program: str, words: Sequence[str]) -> Launch:
     if not rest or rest[0].startswith("-"):
         raise ValueError("name the configuration first, e.g. configs/train/geneval.yaml")
     recipe = Path(rest.pop(0))
-    config = parse_config(program, [str(recipe), *rest])
+    config = parse_config(program, [str(recipe), *rest], lambda config: _num_processes(options, config))
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # as the launcher does for its workers: a reward of your own may be here
-    num_visible = torch.cuda.device_count()
-    wanted = _gpus_here(options, config)
-    here = options.num_processes // options.num_machines if options.num_processes else (num_visible or wanted)
-    num_processes = here * options.num_machines
+    num_processes = config.world_size
     file = find_accelerate_config(options.accelerate_config or _default_accelerate(config, num_processes), recipe)
     content = _read(file)
     parallel = parallel_of(file, content)
     if parallel == "ddp" and content.get("distributed_type") == "MULTI_GPU" and num_processes < 2:
         raise ValueError(f"{file} needs two processes or more; for one, give --accelerate-config single")
+    if content.get("distributed_type") == "NO" and num_processes > 1:
+        raise ValueError(
+            f"{file} starts one process, not {num_processes}; give --num-processes 1, or another --accelerate-config"
+        )
     plan = make_plan(config, num_processes, options.gpu_memory or _gpu_memory(), parallel)
+    wanted = _gpus_here(options, config)
     demand = Demand(wanted, plan.work.disk_bytes, parallel.startswith("zero"), parallel == "zero3_offload")
     return Launch(
         _command(options, file, content, num_processes, recipe, rest),
-        missing(config, demand, num_visible),
+        missing(config, demand, torch.cuda.device_count()),
         plan,
+        torch.cuda.device_count() - wanted,
         options.dry_run,
     )
 
@@ -101,7 +111,7 @@ def _parser(program: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=program,
         usage="%(prog)s CONFIG.yaml [options] [--KEY VALUE ...]",
-        description="Check what a training run needs, say what is missing, and start it on all visible GPUs.",
+        description="Check what a training run needs, say what is missing, and start it, one process a GPU.",
         epilog="Any other --KEY VALUE overrides the configuration, as in stage train. On several machines, run the "
         "same command on each with --num-machines, --machine-rank and --main-process-ip.",
     )
@@ -114,8 +124,8 @@ def _parser(program: str) -> ArgumentParser:
             str,
             "file, or name in configs/accelerate (zero3; ddp with use_peft; single on one GPU)",
         ),
-        ("num-processes", int, "processes on all machines together (the visible GPUs of each)"),
-        ("gpus", int, "GPUs wanted on each machine at least (8; 1 with use_peft; or --num-processes)"),
+        ("num-processes", int, "processes on all machines together (--gpus of each)"),
+        ("gpus", int, "GPUs of each machine, a process on each (8; 1 with use_peft)"),
         ("gpu-memory", float, "GB of one GPU, for the plan (as found; 80 without a GPU)"),
         ("machine-rank", int, "which machine this is, from 0"),
         ("main-process-ip", str, "address of machine 0"),
@@ -144,6 +154,11 @@ def _gpus_here(options: Any, config: StageConfig) -> int:
     if processes is not None:
         return processes // machines
     return options.gpus or default_gpus(config)
+
+
+def _num_processes(options: Any, config: StageConfig) -> int:
+    """Processes on all machines together."""
+    return _gpus_here(options, config) * options.num_machines
 
 
 def _default_accelerate(config: StageConfig, num_processes: int) -> str:

@@ -18,12 +18,12 @@ from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
 from stage_grpo.config import StageConfig
+from stage_grpo.devices import free_bytes
 from stage_grpo.gathering import image_policy
 from stage_grpo.micro_batches import AUTO, COUNTS, in_micro_batches
 from stage_grpo.planning.micro_batch import largest_that_fits, needed_bytes
 from stage_grpo.planning.setting import Setting
 from stage_grpo.planning.sizes import sizes_of
-from stage_grpo.policy.decoder import free_bytes
 from stage_grpo.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)

@@ -61,6 +61,7 @@ UNSUPPORTED = {
     "mask_truncated_completions": (False, "images have no end token, so every one would be masked"),
     "generation_kwargs": (None, "set guidance_scale, temperature, top_k, top_p or min_p instead"),
     "repetition_penalty": (1.0, "it has no meaning for image codes"),
+    "model_init_kwargs": (None, "only the reference would take it; set dtype and attn_implementation, meant for both"),
     "resume_from_checkpoint": (None, "set resume: auto, a checkpoint folder, or never"),
     "enable_jit_checkpoint": (False, "a signal ends the run after its step, with a checkpoint, in any case"),
     "ds3_gather_for_generation": (True, "a rollout calls parts of the model, so all weights must be there"),

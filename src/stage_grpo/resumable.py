@@ -32,6 +32,11 @@ from stage_grpo.shards import LocalShards
 AVERAGE, REFERENCE = "average", "reference"
 """Folders of a checkpoint with the averaged weights, and with a synced reference policy."""
 
+_PLACES = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "processes"
+)  # fmt: skip
+"""What a rollout is cut by; beside the configuration's keys the number of processes."""
+
 
 class ResumableTrainer(GRPOTrainer):
     """GRPO whose checkpoints are atomic and complete; see :class:`~stage_grpo.trainer.StageTrainer`."""
@@ -179,15 +184,16 @@ class ResumableTrainer(GRPOTrainer):
         """Read what :meth:`_save_rest` wrote.
 
         Raises:
-            ValueError: If there is no optimizer to continue with, or if the files of this process are missing, as in
-                a run with another number of processes.
+            ValueError: If there is no optimizer to continue with, or if a rollout is under way that this run cannot
+                finish, as with another number of processes.
         """
         state = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
         if state["config"].get("save_only_model"):
             raise ValueError(
-                f"{folder} was saved with save_only_model, so no optimizer can continue; begin with it as model"
+                f"{folder} was saved with save_only_model, so no optimizer can continue; begin a new run with --model "
+                f"{folder} --resume never"
             )
-        self._step = state["micro_step"]
+        self._restore_place(folder, state)
         self.reward_sum.load_state_dict(state.get("reward_sum", {}))
         if self.accelerator.is_main_process:
             before = {**state["config"], "processes": state["world_size"], "train_data": state["train_data"]}
@@ -195,15 +201,32 @@ class ResumableTrainer(GRPOTrainer):
             report_changes(folder, before, {**self.args.to_json(), **processes})
         if began_with := state["config"].get("learning_rate"):
             self.scale_learning_rate(self.args.learning_rate / began_with)
-        rank = self.accelerator.process_index
-        if self._inside_buffer:
-            buffer = _own_file(folder, f"rollout_buffer_{rank}.pt", state["world_size"])
-            self._buffered_inputs = torch.load(buffer, map_location=self.accelerator.device, weights_only=True)
         if self.averaging is not None and (folder / AVERAGE).is_dir():
             self.averaging.resume_from = folder / AVERAGE  # read when the average is made, as training begins
         if self.args.sync_ref_model and (folder / REFERENCE).is_dir():
             reference = self._reference_shards
             reference.write(reference.load(folder / REFERENCE, "reference")[0])
+
+    def _restore_place(self, folder: Path, state: dict[str, Any]) -> None:
+        """Find the place within a rollout; one that counts otherwise than the checkpoint begins with a new one."""
+        before = {**state["config"], "processes": state["world_size"]}
+        now = {**self.args.to_json(), "processes": self.accelerator.num_processes}
+        changed = [f"{name}={before.get(name)}" for name in _PLACES if before.get(name) != now[name]]
+        if changed:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        else:
+            self._step = state["micro_step"]
+        if state["micro_step"] % (before["steps_per_generation"] * before["num_iterations"]) == 0:
+            return
+        if changed:
+            raise ValueError(
+                f"{folder} was saved with a rollout under way: continue it with {', '.join(changed)} as before, or "
+                "take a checkpoint of a step where no rollout is under way"
+            )
+        buffer = folder / f"rollout_buffer_{self.accelerator.process_index}.pt"
+        if not buffer.is_file():
+            raise ValueError(f"{folder} has no {buffer.name}; take a checkpoint of another step")
+        self._buffered_inputs = torch.load(buffer, map_location=self.accelerator.device, weights_only=True)
 
     def scale_learning_rate(self, factor: float) -> None:
         """Scale what optimizer and schedule were restored to; later checkpoints then hold the scaled values."""
@@ -250,16 +273,6 @@ class ResumableTrainer(GRPOTrainer):
         """Evaluate as TRL does, with the averaged weights if they are kept."""
         with self.averaged():
             return super().evaluate(*args, **kwargs)
-
-
-def _own_file(folder: Path, name: str, world_size: int) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {name}: it was written by {world_size} processes, so resume it with as many, or at a "
-            "step where no rollout is under way"
-        )
-    return path
 
 
 def _not_written(run: Path, name: str, error: BaseException) -> str:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from stage_grpo.devices import free_bytes
 from stage_grpo.policy.base import ImagePolicy, guide
 from stage_grpo.policy.steps import Steps, begin
 from stage_grpo.sampling import Sampling, draw_codes
@@ -136,7 +137,7 @@ def bytes_per_row(policy: ImagePolicy, num_prompt_tokens: int, guided: bool) -> 
 def memory_budget(device: torch.device) -> int:
     """Bytes a chunk of rows may take: half of what is free on a GPU, ``CPU_MEMORY_BUDGET`` on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        return free_bytes(device) // 2
     return CPU_MEMORY_BUDGET
 
 

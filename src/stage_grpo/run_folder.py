@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from stage_grpo.versions import package_versions
 
 MAX_SAMPLES = 32
 """Images of one saved grid."""
+RECORDS, STEPS, BEST = "heldout.jsonl", "heldout", "best"
+"""What held-out evaluations leave: all scores; the folder with one folder a step; the best policy."""
 ABANDONED = "abandoned"
 """Key of the rows of ``metrics.jsonl`` that a rollback took back; its number."""
 
@@ -122,12 +126,30 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def start_metrics(self, step: int) -> None:
-        """Begin ``metrics.jsonl``; when a run resumes at a step, rows beyond it are dropped, abandoned ones stay."""
+        """Begin ``metrics.jsonl`` and ``samples/``; when a run resumes at a step, what is beyond it is dropped.
+
+        Rows that a rollback took back stay.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "metrics.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines() if self.is_resumed and path.exists() else []
         kept = [row for row in rows if (known := _row(row)) and (known["step"] <= step or ABANDONED in known)]
         write_atomically(path, "".join(f"{row}\n" for row in kept))
+        for picture in (self.path / "samples").glob("step_*"):
+            number = picture.stem.split("_")[1]
+            if number.isdigit() and not (self.is_resumed and int(number) <= step):
+                picture.unlink()
+
+    def forget_heldout(self, used: Sequence[str]) -> None:
+        """Remove held-out scores and the best policy of an earlier run of this folder.
+
+        Args:
+            used: Models that the run under way reads; its best policy stays if it is one of them.
+        """
+        (self.path / RECORDS).unlink(missing_ok=True)
+        shutil.rmtree(self.path / STEPS, ignore_errors=True)
+        if (self.path / BEST).resolve() not in [Path(model).resolve() for model in used]:
+            shutil.rmtree(self.path / BEST, ignore_errors=True)
 
     def abandon_metrics(self, step: int, number: int) -> None:
         """Mark the rows beyond a step, to which a run goes back, as abandoned.
@@ -196,10 +218,12 @@ class RunFolderCallback(TrainerCallback):
         self.trackers = trackers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write ``run.json`` and open ``metrics.jsonl``."""
+        """Write ``run.json``, open ``metrics.jsonl`` and remove what an earlier run left."""
         if state.is_world_process_zero:
             self.folder.write_run(self.config.to_json(), args.seed)
             self.folder.start_metrics(state.global_step)
+            if not self.folder.is_resumed:
+                self.folder.forget_heldout([model for model in (self.config.model, self.config.ref_model) if model])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append the row that goes to all trackers."""

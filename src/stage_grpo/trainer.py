@@ -8,7 +8,6 @@ images and timings in the logs.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stage_grpo import objective, trl_seams
 from stage_grpo.config import StageConfig
+from stage_grpo.devices import clock
 from stage_grpo.entropy import entropy_loss, entropy_reward
 from stage_grpo.gathering import ShardedTrainer, image_policy
 from stage_grpo.guarded import GuardedTrainer
@@ -31,7 +31,7 @@ from stage_grpo.policy.loading import load_tokenizer
 from stage_grpo.rewards.base import Reward, RewardFunction
 from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.rewards.side_by_side import RewardThreads
-from stage_grpo.run_folder import RunFolder, RunFolderCallback, StepProgress, StepSamples, peak_memory_mb
+from stage_grpo.run_folder import RunFolder, RunFolderCallback, StepProgress, peak_memory_mb
 from stage_grpo.token_weights import token_weights, unique_share
 from stage_grpo.weighting.options import chosen_weighting
 
@@ -52,10 +52,12 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
         processing_class: Tokenizer; by default the checkpoint's own.
         callbacks: Further callbacks.
         optimizers: As in ``transformers.Trainer``.
-        peft_config: Train adapters instead of the model; the reference is then the model without them.
+        peft_config: Train adapters instead of the model; the reference is then the model without them. By default
+            those of ``use_peft``, ``lora_r``, ``lora_alpha`` and ``lora_dropout``.
 
     Raises:
-        ValueError: If the policy does not fit the configuration, or cannot be loaded again as reference.
+        ValueError: If the policy does not fit the configuration, cannot be loaded again as reference, or another one
+            is named as reference beside adapters.
     """
 
     _tag_names = ("stage-grpo", "grpo")
@@ -74,6 +76,7 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
     ):
         policy = image_policy(model)
         trl_seams.check_policy(policy, args)
+        peft_config = trl_seams.chosen_adapters(model, args, peft_config)
         rewards = list(rewards) if isinstance(rewards, Sequence) else [rewards]
         ahead = args.device.type != "cpu" if args.overlap_rewards is None else args.overlap_rewards
         self.reward_threads = RewardThreads(rewards, ahead)
@@ -124,10 +127,10 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds of a phase to the metric ``seconds/<phase>``."""
-        start = time.perf_counter()
+        start = clock(self.accelerator.device)
         yield
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode][f"seconds/{phase}"].append(time.perf_counter() - start)
+        self._metrics[mode][f"seconds/{phase}"].append(clock(self.accelerator.device) - start)
 
     def rollout_keys(self, num_images: int) -> list[tuple[int, ...]]:
         """Name the random stream of each image this process samples next.
@@ -178,7 +181,8 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
             if self.args.entropy_reward_weight:
                 rewards[:, -1] = self._entropy_rewards(rewards[:, :-1], policy_entropy, ref_entropy)
                 self._log("entropy_reward", rewards[:, -1])
-        self._total_rewards = self.reward_sum.totals(rewards, self.reward_weights, self._group_size)
+        # Whatever the aggregation, not normalised within the groups: that makes a large spread of any difference.
+        self._total_rewards = objective.weighted_sum(rewards, self.reward_weights)
         return rewards
 
     def _entropy_rewards(self, rewards: Tensor, policy_entropy: Tensor, ref_entropy: Tensor) -> Tensor:
@@ -195,7 +199,7 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
         return bonus.masked_fill(total.isnan(), torch.nan)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        start = time.perf_counter()
+        start = clock(self.accelerator.device)
         with self.reward_threads.batch(inputs):
             output = super()._generate_and_score_completions(inputs)
         scored, self._scored = self._scored, None
@@ -203,11 +207,11 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
             output["ref_entropy"] = scored[1].mean(dim=1)
         weights = self._token_weights(inputs, output)
         output.update(weights)
-        elapsed = time.perf_counter() - start
+        elapsed = clock(self.accelerator.device) - start
         self._generation_seconds += elapsed
         num_images = len(inputs) * self.accelerator.num_processes
         self._log("images_per_second", torch.tensor(num_images / elapsed))
-        self._keep_samples(inputs, weights)
+        self.run_folder.samples = trl_seams.step_samples(self, inputs, weights, self._total_rewards, self._group_size)
         return output
 
     def _token_weights(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, Tensor]:
@@ -226,19 +230,6 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
         first = self.accelerator.process_index * len(rows)
         return {name: values[first : first + len(rows)] for name, values in weights.items()}
 
-    def _keep_samples(self, inputs: list[dict[str, Any]], weights: dict[str, Tensor]) -> None:
-        """Hand the step's images to the run folder, which saves them every ``sample_steps`` steps."""
-        first = self.accelerator.process_index * len(inputs)
-        self.run_folder.samples = StepSamples(
-            prompts=[row["prompt"] for row in inputs],
-            images=[row["generated_images"] for row in inputs],
-            rewards=self._total_rewards[first : first + len(inputs)].tolist(),
-            advantages=weights["advantages"].float().reshape(len(inputs), -1).mean(dim=1).tolist(),
-            grid=image_policy(self.accelerator.unwrap_model(self.model)).grid,
-            weights=weights["advantage_weights"].tolist() if "advantage_weights" in weights else None,
-            num_generations=self._group_size,
-        )
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = super()._compute_loss(model, inputs)
         assert self._scored is not None, "TRL no longer scores in _compute_loss: see tests/test_trl_seams.py"
@@ -253,7 +244,7 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
             loss = loss + self.beta * self._mean(change)
         if "ref_entropy" in inputs:
             gap = entropy_loss(entropies.mean(dim=1), inputs["ref_entropy"])
-            self._log("entropy_loss", gap.detach())
+            self._log("entropy_loss", self._gather(gap.detach()))
             loss = loss + self.args.entropy_loss_weight * gap / self._accumulation
         return loss
 
@@ -289,9 +280,9 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take TRL's training step and time the part of it that is not generation."""
-        start, self._generation_seconds = time.perf_counter(), 0.0
+        start, self._generation_seconds = clock(self.accelerator.device), 0.0
         loss = super().training_step(*args, **kwargs)
-        self._update_seconds += time.perf_counter() - start - self._generation_seconds
+        self._update_seconds += clock(self.accelerator.device) - start - self._generation_seconds
         if self.accelerator.sync_gradients:
             self._metrics["train"]["seconds/update"].append(self._update_seconds)
             self._metrics["train"]["memory/peak_mb"].append(peak_memory_mb())

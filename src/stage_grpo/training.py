@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from transformers import AutoProcessor, TrainerCallback
@@ -17,7 +19,6 @@ from stage_grpo.graceful_stop import GracefulStop
 from stage_grpo.guarded import go_back
 from stage_grpo.heldout import HeldoutEvaluation
 from stage_grpo.heldout_plan import HeldoutPlan, check_heldout, plan_heldout
-from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.policy.adapters import check_no_adapter
 from stage_grpo.preflight import build_rewards, check_files
@@ -25,6 +26,11 @@ from stage_grpo.rewards.base import Reward
 from stage_grpo.run_checkpoints import PARTIAL
 from stage_grpo.trainer import StageTrainer
 from stage_grpo.types import PromptRow
+
+logger = logging.getLogger(__name__)
+
+_FINAL = ("config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*.bin*", "adapter_*")
+"""Files of a model or an adapter, by which it is recognised."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,14 @@ class TrainingResult:
         stopped_by: What stopped the run before its end, e.g. ``"SIGTERM"``, or the guard and why; None if it ended by
             itself.
         step: Optimizer steps taken in all.
+        can_continue: Whether its checkpoints have an optimizer to continue with.
         is_main_process: Whether this process is the one to report.
     """
 
     folder: Path
     stopped_by: str | None
     step: int
+    can_continue: bool
     is_main_process: bool
 
 
@@ -61,10 +69,7 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
     Raises:
         ValueError: If something the run needs is not configured or does not fit.
     """
-    for name in ("model", "train_prompts", "rewards"):
-        if getattr(config, name) is None:
-            raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")
-    check_files(config)
+    _check_config(config)
     rewards = build_rewards(config)
     train_rows = load_rows(str(config.train_prompts))
     plan = _plan_heldout(config, train_rows)
@@ -95,6 +100,7 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
         Path(str(config.output_dir)),
         (trainer.guard.stopped_by or stop.received or "a signal") if stopped else None,
         trainer.state.global_step,
+        not config.save_only_model,
         trainer.accelerator.is_main_process,
     )
 
@@ -122,7 +128,6 @@ def _trainer(parts: _Parts, policy: Any, stop: GracefulStop) -> StageTrainer:
         to_dataset(parts.eval_rows) if parts.eval_rows else None,
         load_tokenizer(policy),
         [*parts.callbacks, stop],
-        peft_config=_lora(parts.config) if parts.config.use_peft else None,
     )
     stop.watch(trainer.accelerator)
     trainer.guard.stop = stop
@@ -162,12 +167,37 @@ def _save(trainer: StageTrainer, processor: Any) -> None:
     if trainer.accelerator.is_main_process:
         for folder in [partial, *partial.glob("ema")]:
             processor.save_pretrained(folder)
+        _remove_earlier(out, partial)
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             target = out / path.relative_to(partial)
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
         shutil.rmtree(partial.parent)
     trainer.accelerator.wait_for_everyone()
+
+
+def _remove_earlier(out: Path, partial: Path) -> None:
+    """Remove final weights of an earlier run that those in ``partial`` do not replace, e.g. an adapter's a model's."""
+    for pattern in _FINAL:
+        for path in [*out.glob(pattern), *out.glob(f"ema/{pattern}")]:
+            if not (partial / path.relative_to(out)).exists():
+                path.unlink()
+    if not (partial / "ema").exists():
+        shutil.rmtree(out / "ema", ignore_errors=True)
+
+
+def _check_config(config: StageConfig) -> None:
+    for name in ("model", "train_prompts", "rewards"):
+        if getattr(config, name) is None:
+            raise ValueError(f"{name} is not set; give it in the YAML file or as --{name}")
+    check_files(config)
+    num_gpus = torch.cuda.device_count()
+    if config.world_size == 1 and num_gpus > 1 and config.n_gpu == 1:
+        logger.warning(
+            "one process trains on the first of %d visible GPUs; for all: stage launch CONFIG.yaml --num-processes %d",
+            num_gpus,
+            num_gpus,
+        )
 
 
 def _check_prompts(config: StageConfig, train_rows: list[PromptRow], eval_rows: list[PromptRow]) -> None:
@@ -183,19 +213,13 @@ def _check_prompts(config: StageConfig, train_rows: list[PromptRow], eval_rows: 
 
 
 def _try_rewards(rewards: list[Reward], rows: list[PromptRow], image_size: int) -> None:
-    """Score a blank picture of one prompt of each kind: what a reward cannot read should show before a rollout."""
-    kinds = {str(row.metadata.get("tag")): row for row in rows}
-    for row in kinds.values():
+    """Check every row, and score a blank picture of one of each kind: what cannot be read shows before a rollout."""
+    tried = {str(row.metadata.get("tag")): index for index, row in enumerate(rows)}.values()
+    for index, row in enumerate(rows):
         for reward in rewards:
             try:
-                reward.score([Image.new("RGB", (image_size, image_size))], [row.prompt], [row.metadata])
+                reward.check_row(row.prompt, row.metadata)
+                if index in tried:
+                    reward.score([Image.new("RGB", (image_size, image_size))], [row.prompt], [row.metadata])
             except ValueError as error:
                 raise ValueError(f"reward {reward.name!r} cannot score the prompt {row.prompt!r}: {error}") from error
-
-
-def _lora(config: StageConfig) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=LORA_TARGETS
-    )

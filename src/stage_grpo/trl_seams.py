@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftConfig
 from PIL import Image
 from torch import Tensor
 from trl.kernels import chunked_logprob
@@ -21,9 +23,11 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from stage_grpo.config import StageConfig
 from stage_grpo.gathering import image_policy, with_whole_weights
+from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy.base import ImagePolicy
 from stage_grpo.policy.loading import load_policy
 from stage_grpo.rollout import Rollout, decode_images, rollout
+from stage_grpo.run_folder import StepSamples
 from stage_grpo.sampling import image_uniforms
 from stage_grpo.weighting.base import TokenBatch
 
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 
 # TRL prints everything it knows of a sample without a score, tensors included; the reward has said why it has none.
 logging.getLogger(grpo_trainer.__name__).addFilter(
-    lambda record: not str(record.msg).startswith("All reward functions returned None")
+    lambda record: "All reward functions returned None" not in str(record.msg)
 )
 
 ENTROPY_REWARD = "entropy"
@@ -89,7 +93,7 @@ def token_batch(
         trainer: The trainer.
         rows: This process's samples with what :func:`sample_images` told of them.
         output: What TRL made of them.
-        rewards: Total rewards of all processes' samples, (N,).
+        rewards: Weighted sums of the rewards of all processes' samples, (N,).
         num_generations: G.
     """
     gather: Any = trainer.accelerator.gather
@@ -105,6 +109,30 @@ def token_batch(
         grid=image_policy(trainer.accelerator.unwrap_model(trainer.model)).grid,
         step=trainer.state.global_step,
         ref_logps=None if ref_logps is None else gather(ref_logps),
+    )
+
+
+def step_samples(
+    trainer: StageTrainer, rows: list[dict[str, Any]], weights: dict[str, Tensor], rewards: Tensor, group: int
+) -> StepSamples:
+    """This process's images of a step, for the run folder.
+
+    Args:
+        trainer: The trainer.
+        rows: As in :func:`token_batch`.
+        weights: Advantages and weights of this process's tokens.
+        rewards: As in :func:`token_batch`.
+        group: G.
+    """
+    first = trainer.accelerator.process_index * len(rows)
+    return StepSamples(
+        prompts=[row["prompt"] for row in rows],
+        images=[row["generated_images"] for row in rows],
+        rewards=rewards[first : first + len(rows)].tolist(),
+        advantages=weights["advantages"].float().reshape(len(rows), -1).mean(dim=1).tolist(),
+        grid=image_policy(trainer.accelerator.unwrap_model(trainer.model)).grid,
+        weights=weights["advantage_weights"].tolist() if "advantage_weights" in weights else None,
+        num_generations=group,
     )
 
 
@@ -197,6 +225,29 @@ def entropy_placeholder(prompts: list[str], **_: Any) -> list[float]:
 
 
 entropy_placeholder.__name__ = ENTROPY_REWARD
+
+
+def lora_config(args: StageConfig) -> LoraConfig:
+    """The adapters that ``use_peft`` stands for."""
+    return LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=LORA_TARGETS
+    )
+
+
+def chosen_adapters(model: Any, args: StageConfig, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The adapters to add to a model: those that are given, else those of the arguments, if any.
+
+    Raises:
+        ValueError: If a reference is named, which with adapters would not be used.
+    """
+    if peft_config is None and args.use_peft:
+        peft_config = lora_config(args)
+    if args.ref_model is not None and (peft_config is not None or is_peft_model(model)):
+        raise ValueError(
+            f"ref_model={args.ref_model!r} does not go with adapters, whose reference is the model without them; "
+            "leave ref_model out, or train without adapters"
+        )
+    return peft_config
 
 
 def complete_args(args: StageConfig, policy: ImagePolicy, num_rewards: int) -> StageConfig:

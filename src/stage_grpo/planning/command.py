@@ -33,7 +33,7 @@ def main_plan(program: str, words: Sequence[str]) -> str:
     options, rest = parser.parse_known_args(list(words))
 
     from stage_grpo.config import parse_config
-    from stage_grpo.planning.plan import describe, make_plan
+    from stage_grpo.planning.plan import default_gpus, describe, make_plan
 
-    config = parse_config(program, rest)
+    config = parse_config(program, rest, lambda config: options.gpus or default_gpus(config))
     return describe(make_plan(config, options.gpus, options.gpu_memory, options.parallel, options.prompt_tokens))

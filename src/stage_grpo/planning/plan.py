@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def make_plan(
     """Plan a run without starting anything.
 
     Args:
-        config: The configuration.
+        config: The configuration, its batches counted for these processes, see ``config.parse_config``.
         num_gpus: Processes, one GPU each; by default :func:`default_gpus`.
         gpu_memory: Memory of one GPU in GB (1e9 bytes).
         parallel: One of ``PARALLEL``; by default :func:`default_parallel`.
@@ -80,6 +81,12 @@ def make_plan(
     mixed = bool(config.bf16 or config.fp16 or not torch.cuda.is_available())
     sizes = policy_sizes(config.model, config.dtype)
     run = Setting(config, sizes, num_gpus, parallel, gpu_memory * 1e9, num_prompt_tokens, mixed)
+    group = int(config.num_generations or 1)
+    if num_gpus * run.num_rollout_rows % group:
+        raise ValueError(
+            f"{num_gpus} GPUs x {run.num_rollout_rows} images are no multiple of num_generations={group}; change "
+            "per_device_train_batch_size"
+        )
     return _planned(_in_micro_batches(run))
 
 
@@ -152,13 +159,6 @@ def warnings(plan: Plan) -> list[str]:
             f"weights and Adam's states would be kept in bfloat16 under {run.parallel}, where small updates are "
             "rounded away; set dtype float32 (a GPU computes in bfloat16 all the same), or use --parallel zero3"
         )
-    group = int(run.config.num_generations or 1)
-    rollout = run.num_gpus * run.num_rollout_rows
-    if rollout % group:
-        found.append(
-            f"{run.num_gpus} GPUs x {run.num_rollout_rows} images are no multiple of num_generations={group}, which "
-            "training refuses; change per_device_train_batch_size"
-        )
     return found
 
 
@@ -188,7 +188,7 @@ def describe_short(plan: Plan) -> list[str]:
     spread = f"{run.num_gpus} processes, {run.parallel}" if run.num_gpus > 1 else "one process"
     return [
         f"{run.config.model}: {spread}, about {_gb(size)} of {_gb(run.gpu_bytes)} a GPU (in {phase})",
-        f"{plan.work.images_per_step} images of {plan.work.prompts_per_step} prompts a step, "
+        f"{_number(plan.work.images_per_step)} images of {_number(plan.work.prompts_per_step)} prompts a step, "
         f"up to {_gb(plan.work.disk_bytes)} in {run.config.output_dir}",
         *(f"warning: {warning}" for warning in warnings(plan)),
     ]
@@ -209,17 +209,16 @@ def _host(run: Setting) -> list[str]:
 
 def _totals(plan: Plan) -> list[str]:
     run, done = plan.setting, plan.work
-    tokens = done.images_per_step * run.sizes.policy.num_image_tokens
-    steps = done.num_steps
+    steps, rollouts = done.num_steps, done.num_rollouts
     table = [
-        ("steps", steps, None),
-        ("prompts", done.prompts_per_step, steps),
-        ("images", done.images_per_step, steps),
-        ("image tokens", tokens, steps),
+        ("prompts", done.prompts_per_rollout),
+        ("images", done.images_per_rollout),
+        ("image tokens", done.images_per_rollout * run.sizes.policy.num_image_tokens),
     ]
     lines = [f"{'':<20}{'a step':>16}{'the run':>20}"]
-    for name, each, count in table[1:]:
-        lines.append(f"{name:<20}{each:>16,}{_times(each, count):>20}")
+    for name, each in table:
+        whole = "unknown" if rollouts is None else f"{each * rollouts:,}"
+        lines.append(f"{name:<20}{_number(each * done.rollouts_per_step):>16}{whole:>20}")
     for name, each in (
         ("PFLOP", done.flops_per_step),
         ("  rollout", done.rollout_flops),
@@ -236,8 +235,8 @@ def _totals(plan: Plan) -> list[str]:
     return [f"steps: {count}", *lines, f"disk: {disk}"]
 
 
-def _times(each: int, steps: int | None) -> str:
-    return "unknown" if steps is None else f"{each * steps:,}"
+def _number(mean: Fraction) -> str:
+    return f"{float(mean):,.2f}".rstrip("0").rstrip(".")
 
 
 def _gb(size: float) -> str:

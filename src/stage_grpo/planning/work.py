@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from stage_grpo.data import load_rows
 from stage_grpo.planning.setting import Setting
@@ -15,9 +16,10 @@ class Work:
 
     Attributes:
         num_steps: Optimizer steps; None if they follow from a prompt file that is not there.
-        images_per_step: Images of all processes in one step.
-        prompts_per_step: Groups of them.
-        rollout_flops: Operations to sample a step's images.
+        images_per_rollout: Images that all processes sample at a time.
+        prompts_per_rollout: Groups of them.
+        rollouts_per_step: Below 1 where a rollout serves several steps.
+        rollout_flops: Operations to sample images, of a step in the mean, as those below.
         reference_flops: Operations to score them with the reference.
         update_flops: Operations of forward and backward passes over them.
         checkpoint_bytes: Size of one checkpoint.
@@ -26,14 +28,30 @@ class Work:
     """
 
     num_steps: int | None
-    images_per_step: int
-    prompts_per_step: int
+    images_per_rollout: int
+    prompts_per_rollout: int
+    rollouts_per_step: Fraction
     rollout_flops: int
     reference_flops: int
     update_flops: int
     checkpoint_bytes: int
     num_checkpoints: int
     final_bytes: int
+
+    @property
+    def images_per_step(self) -> Fraction:
+        """Images that are sampled for one step, in the mean."""
+        return self.images_per_rollout * self.rollouts_per_step
+
+    @property
+    def prompts_per_step(self) -> Fraction:
+        """Groups of them."""
+        return self.prompts_per_rollout * self.rollouts_per_step
+
+    @property
+    def num_rollouts(self) -> int | None:
+        """Rollouts of the run."""
+        return None if self.num_steps is None else math.ceil(self.num_steps * self.rollouts_per_step)
 
     @property
     def flops_per_step(self) -> int:
@@ -49,25 +67,30 @@ class Work:
 def work(run: Setting) -> Work:
     """Count the work of a run."""
     config = run.config
-    rollouts_used = config.num_iterations  # each rollout serves this many passes
-    images = run.num_gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps // rollouts_used
-    group = int(config.num_generations or 1)
-    prompts = images / group
+    images = run.num_gpus * run.num_rollout_rows
+    prompts = images // int(config.num_generations or 1)
+    rollouts = Fraction(config.gradient_accumulation_steps, _passes_of_rollout(run))
     image_flops = forward_flops(run)
     passes = 2 if config.use_peft else 3  # weights that are not trained need no gradient of their own
     recomputed = 1 if config.gradient_checkpointing else 0
-    steps = _num_steps(run, images // group)
+    steps = _num_steps(run, prompts)
     return Work(
         num_steps=steps,
-        images_per_step=images,
-        prompts_per_step=images // group,
-        rollout_flops=int(images * decode_flops(run) + prompts * prefill_flops(run)),
-        reference_flops=images * image_flops if config.beta != 0 else 0,
-        update_flops=images * rollouts_used * image_flops * (passes + recomputed),
+        images_per_rollout=images,
+        prompts_per_rollout=prompts,
+        rollouts_per_step=rollouts,
+        rollout_flops=int(rollouts * (images * decode_flops(run) + prompts * prefill_flops(run))),
+        reference_flops=int(rollouts * images * image_flops) if config.beta != 0 else 0,
+        update_flops=int(rollouts * images * config.num_iterations * image_flops * (passes + recomputed)),
         checkpoint_bytes=_checkpoint_bytes(run),
         num_checkpoints=_num_checkpoints(run, steps),
         final_bytes=_weights_on_disk(run) * (3 if config.heldout_benchmark and config.keep_best else 1),
     )
+
+
+def _passes_of_rollout(run: Setting) -> int:
+    """Passes of a process over its batch that one rollout serves."""
+    return int(run.config.steps_per_generation or 1) * run.config.num_iterations
 
 
 def _branches(run: Setting) -> int:
@@ -105,7 +128,7 @@ def forward_flops(run: Setting) -> int:
     return run.branches_scored * (branch + _attention(run, run.sequence, run.sequence)) + 2 * last * tokens
 
 
-def _num_steps(run: Setting, prompts_per_step: int) -> int | None:
+def _num_steps(run: Setting, prompts_per_rollout: int) -> int | None:
     config = run.config
     if config.max_steps > 0:
         return config.max_steps
@@ -113,7 +136,8 @@ def _num_steps(run: Setting, prompts_per_step: int) -> int | None:
         num_prompts = len(load_rows(str(config.train_prompts)))
     except ValueError:
         return None
-    return math.ceil(config.num_train_epochs * (num_prompts // prompts_per_step))
+    passes = num_prompts // prompts_per_rollout * _passes_of_rollout(run)  # prompts that fill no rollout are left out
+    return math.ceil(config.num_train_epochs * math.ceil(passes / config.gradient_accumulation_steps))
 
 
 def _weights_on_disk(run: Setting) -> int:

@@ -8,16 +8,17 @@ Numbers differ from the library's by the rounding of float32.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
+from stage_grpo.devices import free_bytes
 from stage_grpo.policy.decode_cache import DecodeCache, Decoder, KeysAndValues
 from stage_grpo.policy.packed import LinearFunction, can_pack, linear_function
 
@@ -26,7 +27,7 @@ STATIC_ROPE = ("default", "linear", "llama3")
 ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
 """Implementations of exact attention that the step's own may stand in for; who asks for ``eager`` wants to look on."""
 COPY_SHARE = 0.25
-"""Weights are copied into fused or packed ones if the copy takes at most this share of the free memory."""
+"""Weights are copied into fused or packed ones if the copy takes at most this share of the memory."""
 
 
 @dataclass(frozen=True)
@@ -259,14 +260,6 @@ def _copies_fit(backbone: Any, dtype: torch.dtype) -> bool:
         return True  # Autocast would make and keep such copies as well.
     if not parameters[0].is_cuda and not can_pack(parameters[0]):
         return False  # Fused products alone gain little on a CPU.
-    return size <= COPY_SHARE * free_bytes(parameters[0].device)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; of the host what nobody uses, 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    names = getattr(os, "sysconf_names", {})
-    if "SC_AVPHYS_PAGES" not in names:
-        return 0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    device = parameters[0].device
+    # On a CPU the bits of a rollout must not depend on what else runs; on a GPU a copy too many would end the run.
+    return size <= COPY_SHARE * (free_bytes(device) if parameters[0].is_cuda else psutil.virtual_memory().total)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from stage_grpo.checkpoints import as_transformers
+from stage_grpo.checkpoints.cache import remedy_on_the_hub
+from stage_grpo.checkpoints.configs import MODEL_TYPES, ORIGINAL
 from stage_grpo.policy.adapters import is_adapter, merge_adapter, read_adapter, unreachable_base
 from stage_grpo.policy.base import ImagePolicy
 
@@ -57,6 +59,9 @@ def load_policy(
         raise ValueError(
             f"model={str(model)!r} is neither a checkpoint folder nor a reachable hub name: {error}"
         ) from error
+    if MODEL_TYPES.get(str(model_type)) == ORIGINAL:
+        remedy = remedy_on_the_hub(str(model))
+        raise ValueError(f"model={str(model)!r} is a hub name in DeepSeek's own format; {remedy}")
     if model_type not in POLICIES:
         raise ValueError(f"model={str(model)!r} is a {model_type!r}; supported families: {sorted(POLICIES)}")
     module, name = POLICIES[model_type].split(":")
