@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stage_grpo.data import load_rows
-from stage_grpo.download import Patience, download
+from stage_grpo.download import Patience, download, download_checked
 from stage_grpo.prompt_sets import command
 from stage_grpo.prompt_sets.fetch import cache_folder, fetch, locate, presence, sha256_of
 from stage_grpo.prompt_sets.sources import PROMPT_SETS, PromptSet, RemoteFile
@@ -23,7 +23,7 @@ class Server:
     """Answers request by request as told in ``plan``; the last word of the plan stays. Keeps the ranges asked for."""
 
     def __init__(self):
-        self.plan, self.body, self.ranges = ["serve"], BODY, []
+        self.plan, self.body, self.ranges, self.tag = ["serve"], BODY, [], None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,6 +52,8 @@ class Server:
         shown = start + 1 if word == "other range" else start
         if start:
             handler.send_header("Content-Range", f"bytes {shown}-{len(self.body) - 1}/{len(self.body)}")
+        if self.tag:
+            handler.send_header("ETag", self.tag)
         handler.send_header("Content-Length", str(len(self.body) - start))
         handler.end_headers()
         rest = self.body[start:]
@@ -101,6 +103,27 @@ def test_a_later_call_continues_where_the_last_gave_up(server, tmp_path):
     (path,) = fetch(a_set(server.url), tmp_path, patience=QUICK)
     assert path.read_bytes() == BODY and server.ranges[-1] == f"bytes={len(BODY) // 2}-"
     assert names_in(tmp_path) == ["p.txt"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "ranges"),
+    [
+        (('"a"', '"a"'), [f"bytes={len(BODY) // 2}-"]),
+        (('"a"', '"b"'), [f"bytes={len(BODY) // 2}-", None]),
+        (('"a"', None), [f"bytes={len(BODY) // 2}-", None]),
+        ((None, '"a"'), [None]),
+        (('W/"a"', 'W/"a"'), [None]),
+    ],
+)
+def test_without_a_checksum_only_the_same_version_is_continued(tags, ranges, server, tmp_path):
+    part = tmp_path / "part"
+    server.plan, server.tag = ["cut", "503"], tags[0]
+    with pytest.raises(OSError, match="HTTP 503"):
+        download_checked(server.url, part, "p", "", "by hand", QUICK)
+    server.plan, server.tag, server.ranges = ["serve"], tags[1], []
+    server.body = BODY if tags[0] == tags[1] else BODY.upper()
+    download_checked(server.url, part, "p", "", "by hand", QUICK)
+    assert part.read_bytes() == server.body and server.ranges == ranges and names_in(tmp_path) == ["part"]
 
 
 @pytest.mark.parametrize("word", ["no ranges", "other range"])

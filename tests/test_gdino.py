@@ -168,6 +168,9 @@ def test_foreign_files_are_refused(tmp_path):
         torch.save({"model": state}, tmp_path / "g.pth")
         with pytest.raises(ValueError, match=message):
             convert({"g.pth": tmp_path / "g.pth"}, tmp_path)
+    (tmp_path / "torn.pth").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"torn\.pth holds more than tensors, or is broken: .*; get it again"):
+        convert({"torn.pth": tmp_path / "torn.pth"}, tmp_path)
     with pytest.raises(ValueError, match=r"found 0 \.pth files"):
         convert({}, tmp_path)
 

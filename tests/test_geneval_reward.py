@@ -216,7 +216,7 @@ def test_malformed_metadata_stop_before_any_picture_is_looked_at(metadata, messa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strict": "yes"}, "'yes'"),
+        ({"strict": "yes"}, "strict: "),
         ({"channel_order": "gbr"}, "channel_order='gbr' is unknown; use bgr"),
         ({"threshold": 30}, r"threshold=30 is outside \[0, 1\]"),
         ({"counting_threshold": True}, "counting_threshold=True"),
@@ -235,7 +235,13 @@ def test_building_costs_nothing_and_missing_weights_are_named(tmp_path, monkeypa
     monkeypatch.setenv("STAGE_WEIGHTS", str(tmp_path))
     reward = build_reward("geneval")
     assert reward.needed_weights() == ("mask2former-swin-s-coco", "clip-vit-large-patch14")
-    assert build_reward("geneval", {"weights": "x"}).needed_weights() == ("clip-vit-large-patch14",)
+    assert build_reward("geneval", {"weights": str(tmp_path)}).needed_weights() == ("clip-vit-large-patch14",)
+    other = {"color_weights": "clip-vit-base-patch32"}
+    assert build_reward("geneval", other).needed_weights() == ("mask2former-swin-s-coco", "clip-vit-base-patch32")
+    aesthetic = build_reward("aesthetic", {"clip_weights": "clip-vit-base-patch32"})
+    assert aesthetic.needed_weights() == ("clip-vit-base-patch32", "aesthetic-v2")
+    with pytest.raises(ValueError, match="color_weights='x' is neither a folder nor the name of weights"):
+        build_reward("geneval", {"color_weights": "x"}).needed_weights()
     with pytest.raises(ValueError, match="stage weights get mask2former-swin-s-coco"):
         reward.score([picture()], [""], [asking(DOG)])
 
@@ -245,6 +251,11 @@ def test_the_whole_of_it_on_converted_weights(tmp_path, clip_folder):
     folder = original.converted("2.x", tmp_path)
     options = {"weights": str(folder), "color_weights": str(clip_folder), "device": "cpu", "batch_size": 2}
     reward = build_reward("geneval", options)
+    reward.check_row("", asking({"class": "train", "count": 1}))
+    with pytest.raises(ValueError, match=r"\['unicorn'\], which the detector does not know.*train"):
+        reward.check_row("", asking({"class": "unicorn", "count": 1}))
+    reward.check_row("no metadata of GenEval", {})
+    assert "detector" not in vars(reward)
     image = original.pictures()[0]
     boxes, labels = parity["official_boxes"], parity["official_labels"]
     sure = boxes[:, 4] > 0.3

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
-from stage_grpo.rewards.judges import REALISM, UnifiedReward, VlmJudge
+from stage_grpo.rewards.judges import REALISM, JudgeOptions, UnifiedReward, VlmJudge
 from stage_grpo.rewards.qwen_vl import QwenVl
 from stage_grpo.rewards.registry import build_reward
 from test_remote_rewards import free_port, start  # noqa: F401  (start is a fixture)
@@ -33,7 +33,12 @@ class Chat:
 
     def __init__(self, plan, key=None):
         self.plan, self.key, self.requests, self.authorized = plan, key, [], []
-        self.app = Starlette(routes=[Route("/v1/chat/completions", self.complete, methods=["POST"])])
+        self.app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", self.complete, methods=["POST"]),
+                Route("/v1/models", lambda request: JSONResponse({"data": [{"id": "qwen"}, {"id": "other"}]})),
+            ]
+        )
 
     async def complete(self, request):
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
@@ -129,6 +134,32 @@ def test_wrong_options_are_refused(options, message):
         build_reward("vlm_judge", options)
 
 
+def test_counts_are_whole_numbers():
+    """Fields of a wrong type are refused without the tests' own type checker, too."""
+    for name, value in (("max_tokens", 64.5), ("retries", 1.9), ("concurrency", 2.0), ("key_file", 5)):
+        options = JudgeOptions()
+        object.__setattr__(options, name, value)
+        with pytest.raises(ValueError, match=f"{name}={value} (must be a whole number|is no text)"):
+            options.__post_init__()
+
+
+def test_a_proxy_does_not_stand_between_a_run_and_its_own_machine(start, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    reward = judge(start(Chat({"cat": '{"score": 4}'}).app), retries=0)
+    assert reward.check_health() == "vlm_judge"
+    assert reward.score(IMAGES[:1], PROMPTS[:1]).scores.tolist() == [0.8]
+
+
+def test_a_server_is_asked_for_its_models_before_work(start):  # noqa: F811
+    url = start(Chat({}).app)
+    with pytest.raises(ValueError, match=r"/v1' has no model='qwem'; give one of qwen, other"):
+        judge(url, model="qwem").check_health()
+    with pytest.raises(ValueError, match=r"does not list its models \(HTTP 404\); start it, or write http://HOST"):
+        judge(url, server=url).check_health()
+    with pytest.raises(ValueError, match=r"does not list its models \(cannot be reached .*start it"):
+        judge(f"http://127.0.0.1:{free_port()}").check_health()
+
+
 def test_a_server_brings_its_own_weights():
     assert build_reward("vlm_judge").needed_weights() == ("qwen2.5-vl-7b",)
     assert build_reward("vlm_judge", {"server": "http://host/v1", "model": "m"}).needed_weights() == ()
@@ -205,6 +236,14 @@ def test_a_judge_in_process_is_loaded_once_and_its_babble_is_no_score(folder):
     assert reward._chat is chat and torch.equal(state, torch.random.get_rng_state())
     assert json.dumps(again.details) == json.dumps(result.details)
     assert not any(parameter.requires_grad for parameter in chat._model.parameters())
+
+
+def test_the_batch_follows_what_the_model_leaves_free(folder, monkeypatch):
+    model = QwenVl(folder, "cpu", "float32", None)
+    asked = []
+    monkeypatch.setattr("stage_grpo.rewards.qwen_vl.choose_batch_size", lambda *given: asked.append(given) or 2)
+    assert len(model.answer(IMAGES[:1], ["x"], 1)) == 1
+    assert asked == [(None, 400_000_000, "cpu")]
 
 
 def test_the_published_names_of_weights_are_read(folder):

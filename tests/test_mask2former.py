@@ -76,10 +76,10 @@ class Malicious:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Malicious(), "cannot be read as a checkpoint of tensors and plain values"),
+        (Malicious(), "holds more than tensors, or is broken"),
         ({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}}, "is no Mask2Former with a Swin backbone"),
         ({"state_dict": {}}, "holds no state_dict of tensors"),
-        ([torch.zeros(1)], "holds no state_dict of tensors"),
+        ([torch.zeros(1)], "holds a list, not tensors by name"),
         ("without", "Missing key.*level_embed"),
         ("more", "Unexpected key.*conv1"),
     ],

@@ -13,6 +13,7 @@ from rapidfuzz.distance import Levenshtein
 
 from stage_grpo.rewards.base import as_trl_reward
 from stage_grpo.rewards.ocr import OcrOptions, OcrReward, edit_distance, plain, quoted_text, reading_score
+from stage_grpo.rewards.registry import lacking
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ocr_reading.py"
 SPECIFICATION = importlib.util.spec_from_file_location("ocr_reading", SCRIPT)
@@ -163,6 +164,15 @@ def test_a_missing_engine_is_explained(monkeypatch):
     monkeypatch.setattr("stage_grpo.rewards.ocr.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"paddleocr is not installed; pip install 'paddleocr>=3\.7"):
         OcrReward(OcrOptions(engine="paddleocr")).score([WHITE], ['"a"'])
+
+
+def test_each_engine_asks_for_its_own_package(monkeypatch):
+    monkeypatch.setattr("stage_grpo.rewards.ocr.find_spec", lambda name: None)
+    monkeypatch.setattr(OcrReward, "packages", ("rapidfuzz", "no_such_engine"))
+    ((what, remedy),) = lacking("ocr", {"engine": "paddleocr"})
+    assert what == "the OCR engine paddleocr is not installed" and remedy.startswith("pip install 'paddleocr>=3.7,<4'")
+    ((what, remedy),) = lacking("ocr")
+    assert "needs no_such_engine" in what and remedy == "pip install 'stage-grpo[ocr]'"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +22,8 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
-from stage_grpo.rewards import remote, server
+from stage_grpo import graceful_stop
+from stage_grpo.rewards import remote, server, worker
 from stage_grpo.rewards.base import Reward, RewardResult, as_reward, as_trl_reward
 from stage_grpo.rewards.protocol import Limits, ProtocolError, decode_request, decode_response, encode_request
 from stage_grpo.rewards.registry import build_reward, lacking
@@ -195,6 +197,47 @@ def test_a_reward_that_raises_costs_its_request_alone(start):
     assert reward.score(IMAGES[:2], ["good", "good"]).scores.tolist() == [1.0, 1.0]
 
 
+def test_a_server_of_another_reward_is_refused(start):
+    url = start(server.make_app(Grey()))
+    ((what, remedy),) = lacking("hps", {"url": url})
+    assert what == f"the server of reward 'hps' at {url} computes 'grey'"
+    assert remedy.startswith("start it there by: stage serve-reward hps")
+    assert lacking("mine", {"url": url}) == []  # a name that says nothing
+
+
+def test_nothing_is_computed_for_clients_that_have_left(start):
+    computed, go_on = [], threading.Event()
+
+    def slow(images, prompts, metadata):
+        computed.extend(prompts)
+        assert go_on.wait(20)
+        return [1.0] * len(images)
+
+    url = start(server.make_app(as_reward(slow)))
+    first = threading.Thread(target=lambda: client_of(url).score(IMAGES[:1], ["first"]))
+    first.start()
+    while not computed:
+        time.sleep(0.005)
+    assert np.isnan(client_of(url, timeout=0.1, retries=0).score(IMAGES[:1], ["gone"]).scores).all()
+    go_on.set()
+    first.join(20)
+    assert client_of(url).score(IMAGES[:1], ["last"]).scores.tolist() == [1.0]
+    assert computed == ["first", "last"]
+
+
+def test_only_the_body_of_a_request_can_come_too_late(start, monkeypatch):
+    def late(images, prompts, metadata):
+        raise TimeoutError("the model took too long")
+
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.05)
+    url = start(server.make_app(as_reward(late)))
+    answer = httpx.post(f"{url}/score", json=REQUEST, trust_env=False)
+    assert answer.status_code == 422 and "TimeoutError: the model took too long" in answer.json()["error"]
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as line:
+        line.sendall(b"POST /score HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{")
+        assert b" 408 " in line.recv(100)
+
+
 # ---- the client -----------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +294,7 @@ GOOD = {"protocol": 1, "scores": [0.5, None], "reasons": [None, "why"]}
         (b'{"protocol": 1, "scores": [NaN, 1]}', "NaN is no JSON"),
         (b'{"protocol": 1, "scores": [Infinity, 1]}', "Infinity is no JSON"),
         (b'{"protocol": 1, "scores": [1e999, 1]}', "holds inf"),
+        (b'{"protocol": 1, "scores": [' + b"9" * 400 + b", 1]}", "a number of 400 digits is too large"),
         (json.dumps({**GOOD, "reasons": ["x"]}), "'reason' must be a list of 2"),
         (json.dumps({**GOOD, "details": {"n": 3}}), "'n' must be a list of 2"),
         (json.dumps({**GOOD, "details": [1, 2]}), "'details' must be an object"),
@@ -319,6 +363,13 @@ def test_refusals_are_not_repeated(status, start):
 def test_wrong_connections_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_reward("grey", {"url": "http://host:1", **options})
+
+
+def test_a_token_file_that_is_no_text_is_refused():
+    options = remote.RemoteOptions("http://host:1")
+    object.__setattr__(options, "token_file", 5)  # what only the tests' own type checker would refuse otherwise
+    with pytest.raises(ValueError, match="token_file must be text, not int; put it into quotes"):
+        options.__post_init__()
 
 
 def test_deqa_is_always_remote():
@@ -517,21 +568,35 @@ def test_the_documented_deqa_server_speaks_the_protocol(monkeypatch):
 # ---- a process of its own -------------------------------------------------------------------------------------------
 
 
-def grey_or_die(images, prompts, metadata, *, scale=1.0):
-    if "die" in prompts:
-        os._exit(1)
-    return [scale * image.getpixel((0, 0))[0] / 10 + (os.getpid() == int(prompts[0])) for image in images]
-
-
 def test_a_worker_scores_in_another_process_and_is_started_again_when_it_dies():
-    reward = build_reward(f"{__name__}:grey_or_die", {"worker": True, "scale": 2.0})
+    reward = build_reward("worker_rewards:grey_or_die", {"worker": True, "scale": 2.0})
     here = [str(os.getpid())] * 6
     assert reward.name == "grey_or_die" and reward.asynchronous
     assert reward.score(IMAGES, here).scores.tolist() == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     died = reward.score(IMAGES[:2], ["die", "die"])
     assert np.isnan(died.scores).all() and "the worker process died" in died.details["reason"][0]
     assert reward.score(IMAGES[:2], here[:2]).scores.tolist() == [0.0, 0.2]
+    # What ends a run after its step does not cost the step its scores, and no error ends the worker.
+    assert set(worker.SIGNALS) == set(graceful_stop.SIGNALS)
+    assert reward.score(IMAGES[:2], [here[0], "signals"]).scores.tolist() == [0.0, 0.2]
+    for prompt, message in [("exit", r"SystemExit\(3\)"), ("odd", "TwoFoldError.*this and that")]:
+        with pytest.raises(RuntimeError, match=message):
+            reward.score(IMAGES[:1], [prompt])
+    assert reward.score(IMAGES[:2], here[:2]).scores.tolist() == [0.0, 0.2]
     reward._pool.shutdown()
+
+
+def test_a_worker_ends_with_its_run_however_that_ends():
+    program = (
+        "import time; from PIL import Image; from stage_grpo.rewards.registry import build_reward\n"
+        "build_reward('worker_rewards:grey_or_die', {'worker': True}).score([Image.new('RGB', (1, 1))], ['0'])\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    run.kill()
+    assert run.communicate(timeout=30) == ("", None)  # the worker had the same standard output
 
 
 def test_a_worker_is_refused_what_its_reward_is_refused():

@@ -14,9 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from stage_grpo.config import StageConfig
+from stage_grpo.preflight import build_rewards
 from stage_grpo.rewards.base import FunctionReward, Reward, RewardResult, as_reward, as_trl_reward
 from stage_grpo.rewards.registry import REWARDS, build_reward
+from stage_grpo.rewards.side_by_side import RewardThreads
 from stage_grpo.shapes.scenes import Scene, SceneObject, render
+from stage_grpo.training import _try_rewards
+from stage_grpo.types import PromptRow
 from stage_grpo.weights import WEIGHTS
 
 IMAGES = [Image.new("RGB", (4, 4), (grey, grey, grey)) for grey in (0, 51, 255)]
@@ -106,7 +111,57 @@ def test_a_class_without_a_name_is_called_by_its_own():
         def compute(self, images, prompts, metadata):
             return [0.0] * len(images)
 
-    assert Unnamed().name == "Unnamed"
+    class Another(Constant):
+        pass
+
+    assert (Unnamed().name, Another([]).name, Constant([]).name) == ("Unnamed", "Another", "constant")
+
+
+def test_two_rewards_of_one_name_are_refused():
+    same, other = Constant([1, 2, 3]), Constant([4, 5, 6])
+    RewardThreads([same, grey_level, same], ahead=False)  # one object twice is one curve
+    with pytest.raises(ValueError, match=r"several rewards are called 'constant', .* give each a name of its own"):
+        RewardThreads([same, grey_level, other], ahead=False)
+    with pytest.raises(ValueError, match="several rewards are called '<lambda>'"):
+        RewardThreads([lambda images, prompts, metadata: [], lambda *given: []], ahead=False)
+    with pytest.raises(ValueError, match="several rewards are called 'grey_level'"):
+        build_rewards(StageConfig("unused", rewards=[f"{__name__}:grey_level"] * 2))
+
+
+def test_functions_that_do_not_take_the_three_are_refused_before_any_work():
+    for function, why in [
+        (lambda images, prompts, metadata, threshold: [], "missing a required argument: 'threshold'"),
+        (lambda images, prompts: [], "too many positional arguments"),
+        (lambda prompts, completions, metadata, *, images: [], "missing a required argument: 'images'"),
+    ]:
+        with pytest.raises(ValueError, match=f"'<lambda>' cannot be called as f.*: {why}; let it take these three"):
+            as_reward(function)
+
+
+def any_options(images, prompts, metadata, **options):
+    return [options["level"]] * len(images)
+
+
+def needs_an_option(images, prompts, metadata, level):
+    return [level] * len(images)
+
+
+def test_functions_that_need_or_take_any_options_get_them():
+    for function in (any_options, needs_an_option):
+        reward = build_reward(f"{__name__}:{function.__name__}", {"level": 0.5})
+        assert reward.score(IMAGES, PROMPTS).scores.tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match=r"'needs_an_option' cannot be called .*missing a required argument: 'level'"):
+        build_reward(f"{__name__}:needs_an_option")
+
+
+def test_every_row_is_checked_before_a_run():
+    def row(prompt, shape):
+        return PromptRow(prompt, {"tag": "single_object", "include": [{"class": "circle", shape: 1}]})
+
+    rows = [row("a", "count"), row("b", "size"), row("c", "count")]
+    _try_rewards([build_reward("shapes")], rows[::2], 8)
+    with pytest.raises(ValueError, match=r"reward 'shapes' cannot score the prompt 'b': .*size"):
+        _try_rewards([build_reward("shapes"), Constant([0.0])], rows, 8)
 
 
 def test_trl_sees_none_for_not_scored_and_reads_json_metadata():
@@ -172,6 +227,11 @@ def test_registry_builds_every_name_and_describes_it(monkeypatch):
         assert not reward.packages or reward.extra
 
 
+def test_every_name_is_in_the_documents_table():
+    text = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)) >= set(REWARDS)
+
+
 def test_building_every_reward_loads_no_model_and_no_package_of_its_own():
     code = (
         "import sys\n"
@@ -229,7 +289,7 @@ def test_registry_builds_functions_with_options():
     [
         ("shape", None, "unknown reward 'shape'; known are .*shapes"),
         ("shapes", {"strikt": True}, "'shapes' has no option 'strikt'; known are strict"),
-        ("shapes", {"strict": "yes"}, "rejects its options {'strict': 'yes'}"),
+        ("shapes", {"strict": "yes"}, "'shapes' rejects its options strict: "),
         ("no.such.module:f", None, "'no.such.module:f' cannot be imported"),
         ("stage_grpo.types:nothing", None, "'stage_grpo.types:nothing' cannot be imported"),
         ("stage_grpo.types:Box", None, "Box"),
@@ -240,6 +300,12 @@ def test_registry_builds_functions_with_options():
 def test_registry_errors_name_what_is_wrong(name, options, message):
     with pytest.raises(ValueError, match=message):
         build_reward(name, options)
+
+
+def test_no_error_shows_a_token():
+    with pytest.raises(ValueError, match="'x' rejects its options url, token, timeout: timeout=0 must be") as raised:
+        build_reward("x", {"url": "http://host:1", "token": "SECRET", "timeout": 0})
+    assert "SECRET" not in str(raised.value)
 
 
 def test_shapes_reward_graded_and_strict():

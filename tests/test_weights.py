@@ -205,10 +205,31 @@ def test_nothing_is_downloaded_from_the_hub_offline(table, cache, monkeypatch):
 
 def test_hub_files_come_from_the_chosen_endpoint(table, home, cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+    with pytest.raises(ValueError, match=r"HF_ENDPOINT='hf-mirror\.com' is no address; write https://HOST"):
+        weights.get("hub", patience=QUICK)
     monkeypatch.setenv("HF_ENDPOINT", home.url)
     folder = weights.get("hub", patience=QUICK)
     assert home.asked == [("/a/b/resolve/main/config.json", None)]
     assert (folder / "config.json").read_bytes() == CONTENT["config.json"]
+
+
+def test_files_without_a_checksum_are_taken_only_where_they_are_named_after_the_weights(
+    table, home, cache, tmp_path, monkeypatch, capsys
+):
+    """Most models have a config.json, and nothing in it tells whose it is."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", home.url)
+    mine = tmp_path / "mine"
+    (mine / "hub").mkdir(parents=True)
+    (mine / "config.json").write_text("of another model")
+    folder = weights.get("hub", mine, QUICK)
+    assert (folder / "config.json").read_bytes() == CONTENT["config.json"]
+    (mine / "hub" / "config.json").write_text("its own")
+    for source in (mine, mine / "hub"):
+        main(["weights", "get", "hub", "--from", str(source)])
+        assert (folder / "config.json").read_text() == "its own" and len(home.asked) == 1
+    assert "  config.json: no official SHA-256 is known; what came has " in capsys.readouterr().out
 
 
 def test_commands(table, cache, capsys):
@@ -239,5 +260,8 @@ def test_every_entry_of_the_table_is_complete():
 def test_a_reward_without_its_weights_is_built_but_lacks_them(cache):
     assert build_reward("hps").needed_weights() == ("hps-v2.1",)
     assert lacking("hps") == [(f"the weights hps-v2.1 of reward hps are not in {cache}", "stage weights get hps-v2.1")]
-    assert lacking("hps", {"weights": "elsewhere"}) == []
+    assert lacking("hps", {"weights": str(cache.parent)}) == []
+    ((what, remedy),) = lacking("hps", {"weights": "hps-v2"})
+    assert what == "reward 'hps': weights='hps-v2' is neither a folder nor the name of weights"
+    assert remedy.startswith("give a folder in transformers' layout, or a name of `stage weights list`")
     assert lacking("hsp") == [("unknown reward 'hsp'", lacking("hsp")[0][1])]

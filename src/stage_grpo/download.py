@@ -76,11 +76,11 @@ def download_checked(
     if continued and sha256 and sha256_of(part).startswith(sha256):
         return
     try:
-        download(url, part, label, patience)
+        download(url, part, label, patience, checked=bool(sha256))
         if continued and not sha256_of(part).startswith(sha256):
             # What lay there may have been wrong from the start; only a fresh copy tells.
             part.unlink()
-            download(url, part, label, patience)
+            download(url, part, label, patience, checked=True)
     except OSError as error:
         raise OSError(f"{error}; {by_hand}") from error
     try:
@@ -90,17 +90,19 @@ def download_checked(
         raise
 
 
-def download(url: str, part: Path, label: str, patience: Patience | None = None) -> None:
+def download(url: str, part: Path, label: str, patience: Patience | None = None, checked: bool = False) -> None:
     """Brings ``part`` up to the whole content of ``url``, showing a progress bar on a terminal.
 
     Bytes that ``part`` already holds are taken for the beginning of the content and not fetched again, if the
-    server can do that; whoever calls checks the result. After an error ``part`` keeps what came.
+    server can do that. After an error ``part`` keeps what came.
 
     Args:
         url: An http or https address.
         part: File to append to; its folder exists.
         label: What the progress bar calls it.
         patience: Tries and waits.
+        checked: Whether whoever calls knows a checksum. If not, the content's ETag is kept in a file beside ``part``
+            meanwhile, and only the bytes of that version are continued.
 
     Raises:
         OSError: The content cannot be had, or ``part`` cannot be written; the message says which and why.
@@ -110,7 +112,8 @@ def download(url: str, part: Path, label: str, patience: Patience | None = None)
     for attempt in range(patience.attempts):
         time.sleep(patience.first_wait * 2 ** (attempt - 1) if attempt else 0)
         try:
-            _append(url, part, label, patience.timeout)
+            _append(url, part, label, patience.timeout, checked)
+            _tag_file(part).unlink(missing_ok=True)
             return
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
@@ -129,16 +132,28 @@ def download(url: str, part: Path, label: str, patience: Patience | None = None)
     raise OSError(f"cannot download {url} ({problem})")
 
 
-def _append(url: str, part: Path, label: str, timeout: float) -> None:
+def _tag_file(part: Path) -> Path:
+    """Where the ETag of the version is kept that a file of unknown checksum is part of."""
+    return part.with_name(f"{part.name}.etag")
+
+
+def _append(url: str, part: Path, label: str, timeout: float, checked: bool) -> None:
     """One try: append the rest of the content to ``part``, or all of it if the server sends no ranges."""
-    start = part.stat().st_size if part.exists() else 0
+    tag = _tag_file(part).read_text(encoding="latin-1") if not checked and _tag_file(part).exists() else ""
+    start = part.stat().st_size if part.exists() and (checked or tag) else 0
     headers = {"User-Agent": "stage-grpo"} | ({"Range": f"bytes={start}-"} if start else {})
+    headers |= {"If-Range": tag} if start and tag else {}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
         continued = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        if response.status == http.client.PARTIAL_CONTENT and not continued:
+        sent_tag = response.headers.get("ETag", "")
+        if response.status == http.client.PARTIAL_CONTENT and (not continued or tag not in ("", sent_tag)):
             part.unlink()
-            raise http.client.HTTPException("the server sent another range than it was asked for")
+            raise http.client.HTTPException("the server sent another range or version than it was asked for")
         start = start if response.status == http.client.PARTIAL_CONTENT else 0
+        if not checked and not start:
+            part.unlink(missing_ok=True)  # so that no bytes ever lie beside the tag of others
+            # A weak one may stand for several versions.
+            _tag_file(part).write_text("" if sent_tag.startswith("W/") else sent_tag, encoding="latin-1")
         length = response.headers.get("Content-Length")
         end = None if length is None else start + int(length)
         with part.open("ab" if start else "wb") as sink:

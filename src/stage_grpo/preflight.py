@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from stage_grpo import weights
+from stage_grpo.checkpoints.cache import is_original, remedy_on_the_hub
 from stage_grpo.config import StageConfig
 from stage_grpo.heldout_plan import lacking_for, plan_heldout
 from stage_grpo.policy.adapters import is_adapter
-from stage_grpo.rewards.base import Reward
-from stage_grpo.rewards.registry import REWARDS, build_reward, lacking
+from stage_grpo.rewards.base import Reward, check_names
+from stage_grpo.rewards.registry import REWARDS, build_ready_reward, lacking
 
 PROMPT_COMMANDS = {
     "geneval_train.jsonl": "stage data build-geneval --ratio 0:1:7:1:4:5 --num 12800 --seed 0 --repeat --out {path}",
@@ -70,15 +70,12 @@ def build_rewards(config: StageConfig) -> list[Reward]:
     """Build the rewards of a run, each with its options, and make sure that nothing they need is missing.
 
     Raises:
-        ValueError: If a reward is unknown or cannot be imported, rejects its options, or lacks weights, a package or
-            its server.
+        ValueError: If a reward is unknown or cannot be imported, rejects its options, lacks weights, a package or its
+            server, or has the name of another.
     """
     options: dict[str, Any] = config.reward_options if isinstance(config.reward_options, dict) else {}
-    rewards = [build_reward(name, options.get(name)) for name in config.rewards or []]
-    for reward in rewards:
-        reward.check_health()
-        for name in reward.needed_weights():
-            weights.folder(name)  # the policy takes minutes to load, and this none
+    rewards = [build_ready_reward(name, options.get(name)) for name in config.rewards or []]
+    check_names(rewards)
     return rewards
 
 
@@ -147,21 +144,28 @@ def _weights(key: str, model: str | None) -> Iterator[Missing]:
     folder = Path(model)
     if folder.is_dir():
         lacking = [] if is_adapter(folder) else _lacking(folder)
-        if lacking:
+        if key == "model" and is_adapter(folder):
+            yield Missing(
+                f"{key} {model} is a LoRA adapter", f"stage merge {model} {model}-merged, then --{key} {model}-merged"
+            )
+        elif lacking:
             yield Missing(f"{key} {model} lacks {', '.join(lacking)}", f"fetch or convert it again, or --{key} PATH")
         return
     try:
-        lacking = _lacking(Path(snapshot_download(model, local_files_only=True)))
+        snapshot = Path(snapshot_download(model, local_files_only=True))
+        lacking = _lacking(snapshot)
     except HFValidationError:
         yield Missing(f"{key} {model} is no folder", f"--{key} PATH of a checkpoint folder")
         return
     except LocalEntryNotFoundError:
-        lacking = ["everything"]
+        snapshot, lacking = folder, ["everything"]
     if lacking:
         yield Missing(
             f"the weights of {key} {model} are neither a folder nor whole in the hub cache",
             f"hf download {model}, or --{key} PATH of a folder with them (DeepSeek's own format does as well)",
         )
+    elif is_original(snapshot):
+        yield Missing(f"{key} {model} is a hub name in DeepSeek's own format", remedy_on_the_hub(model, key))
 
 
 def _lacking(folder: Path) -> list[str]:

@@ -7,19 +7,22 @@ A reward looks at a batch of finished images and says how good each is. It is a 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from stage_grpo.rewards.cells import as_cell, as_metadata
 from stage_grpo.rewards.failures import FailureWatch, failures, most_common
+from stage_grpo.rewards.result import RewardResult, check_result
 from stage_grpo.types import Metadata
 from stage_grpo.weights import WEIGHTS
 
@@ -34,18 +37,6 @@ Score = Callable[[list[Image.Image], list[str], list[Metadata]], "RewardResult"]
 
 
 @dataclass(frozen=True)
-class RewardResult:
-    """Scores of a batch of B images, and named details for logs.
-
-    ``scores`` are float64; NaN marks a sample that could not be scored, never 0. Every list of ``details``
-    has B values.
-    """
-
-    scores: Float[np.ndarray, " B"]
-    details: dict[str, list[Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class NoOptions:
     """The options of a reward that has none."""
 
@@ -57,6 +48,7 @@ class Reward(ABC):
         name: how the reward is called in logs and error messages; the class's name where none is given.
         Options: a frozen dataclass whose ``__post_init__`` checks its values; ``self.options`` is one.
         requirements: names of the weights it loads, see ``stage_grpo.weights``.
+        weight_options: for each of them, in their order, the option that names other weights or a folder instead.
         extra: the pip extra that brings ``packages``, if it needs any.
         packages: import names of packages that the core does not bring.
         asynchronous: whether it mostly waits for something outside this process, so that TRL may let several such
@@ -69,6 +61,7 @@ class Reward(ABC):
     name: str
     Options: ClassVar[type[Any]] = NoOptions
     requirements: ClassVar[tuple[str, ...]] = ()
+    weight_options: ClassVar[tuple[str, ...]] = ("weights",)
     extra: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ()
     asynchronous: ClassVar[bool] = False
@@ -76,18 +69,35 @@ class Reward(ABC):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "name"):
+        if "name" not in cls.__dict__:
             cls.name = cls.__name__
 
     def __init__(self, options: Any = None):
         self.options = self.Options() if options is None else options
 
     def needed_weights(self) -> tuple[str, ...]:
-        """Names of the weights that this reward will load from the cache, its options considered."""
-        chosen = getattr(self.options, "weights", None)
-        if chosen is None:
-            return self.requirements
-        return (chosen,) if chosen in WEIGHTS else ()
+        """Names of the weights that this reward will load from the cache, its options considered.
+
+        Raises:
+            ValueError: an option names neither weights of the cache nor a folder.
+        """
+        option_of = dict(zip(self.requirements, self.weight_options))
+        needed = []
+        for name in self.requirements:
+            chosen = getattr(self.options, option_of[name], None) if name in option_of else None
+            if chosen is None or chosen in WEIGHTS:
+                needed.append(chosen or name)
+            elif not Path(chosen).expanduser().is_dir():
+                raise ValueError(
+                    f"reward {self.name!r}: {option_of[name]}={chosen!r} is neither a folder nor the name of weights; "
+                    "give a folder in transformers' layout, or a name of `stage weights list`, or leave it out"
+                )
+        return tuple(needed)
+
+    @classmethod
+    def needed_packages(cls, options: Any) -> tuple[str, ...]:
+        """Those of ``packages`` that a reward of these options imports."""
+        return cls.packages
 
     def check_health(self) -> str:
         """Asks whatever this reward needs beside its weights, such as a server, whether it is there.
@@ -99,6 +109,16 @@ class Reward(ABC):
             ValueError: it is not there; the message says how to get it.
         """
         return self.name
+
+    def check_row(self, prompt: str, metadata: Metadata) -> None:
+        """Refuses what :meth:`compute` would refuse of a prompt whatever the image; asked of every row before a run.
+
+        Nothing is computed and no model loaded.
+
+        Raises:
+            ValueError: metadata that this reward cannot read.
+        """
+        return
 
     @abstractmethod
     def compute(
@@ -137,7 +157,7 @@ class Reward(ABC):
         except Exception as error:
             error.add_note(f"raised by reward {self.name!r}")
             raise
-        result = _checked(self.name, returned, len(images))
+        result = check_result(self.name, returned, len(images))
         if warn:
             self.warn_of_failures(result)
         return result
@@ -155,6 +175,9 @@ class FunctionReward(Reward):
     Args:
         function: returns one number per image; None or NaN where it could not score.
         options: keyword arguments given to every call.
+
+    Raises:
+        ValueError: the function cannot be called so.
     """
 
     def __init__(self, function: RewardFunction, options: dict[str, Any] | None = None):
@@ -163,10 +186,25 @@ class FunctionReward(Reward):
         self.shares = function.__module__  # such as a model in a global variable
         self._function = function
         self._arguments = dict(options or {})
+        _check_call(self.name, function, self._arguments)
 
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> Any:
         """Calls the function. See :meth:`Reward.compute`."""
         return self._function(images, prompts, metadata, **self._arguments)
+
+
+def _check_call(name: str, function: RewardFunction, options: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C, without a word on its parameters
+        return
+    try:
+        signature.bind([], [], [], **options)
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r} cannot be called as f(images, prompts, metadata): {error}; let it take these three, and "
+            "give what else it needs a default, or an option"
+        ) from error
 
 
 def as_reward(reward: Reward | RewardFunction) -> Reward:
@@ -174,12 +212,27 @@ def as_reward(reward: Reward | RewardFunction) -> Reward:
 
     Raises:
         TypeError: neither a reward nor callable.
+        ValueError: a function that does not take images, prompts and metadata.
     """
     if isinstance(reward, Reward):
         return reward
     if not callable(reward) or isinstance(reward, type):
         raise TypeError(f"{reward!r} is no reward; give a Reward object or f(images, prompts, metadata)")
     return FunctionReward(reward)
+
+
+def check_names(rewards: Sequence[Reward]) -> None:
+    """Refuses different rewards of one name, whose scores and details would become one curve.
+
+    Raises:
+        ValueError: two rewards have the same name.
+    """
+    counted = Counter({id(reward): reward.name for reward in rewards}.values())
+    if repeated := [name for name, count in counted.items() if count > 1]:
+        raise ValueError(
+            f"several rewards are called {', '.join(map(repr, repeated))}, and would be logged as one; give each a "
+            "name of its own: that of the function, or the attribute `name` of a Reward"
+        )
 
 
 def as_trl_reward(reward: Reward | RewardFunction, score: Score | None = None) -> TrlReward:
@@ -245,39 +298,3 @@ def _log_details(
         numbers = [float(value) for value in values if isinstance(value, Real | np.bool_)]
         if log_metric is not None and numbers and len(numbers) + values.count(None) == len(values):
             log_metric(f"rewards/{name}/{detail}", float(np.mean(numbers)))
-
-
-def _checked(name: str, raw: Any, num_images: int) -> RewardResult:
-    """Scores as float64 with None as NaN, or an error that names the reward."""
-    details = raw.details if isinstance(raw, RewardResult) else {}
-    values = raw.scores if isinstance(raw, RewardResult) else raw
-    if hasattr(values, "tolist"):  # numpy arrays and torch tensors alike, without importing torch
-        values = values.tolist()
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ValueError(f"reward {name!r} returned {values!r}; return a list of one number per image")
-    if len(values) != num_images:
-        raise ValueError(f"reward {name!r} returned {len(values)} scores for {num_images} images; return as many")
-    scores = np.array([_as_score(name, value, index) for index, value in enumerate(values)], dtype=np.float64)
-    for detail, column in details.items():
-        if len(column) != num_images:
-            raise ValueError(
-                f"reward {name!r} returned {len(column)} values of detail {detail!r} "
-                f"for {num_images} images; return as many"
-            )
-    return RewardResult(scores, details)
-
-
-def _as_score(name: str, value: Any, index: int) -> float:
-    if value is None:
-        return float("nan")
-    if isinstance(value, str | bytes) or np.ndim(value) != 0:
-        raise ValueError(f"reward {name!r} returned {value!r} for image {index}; return a number")
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"reward {name!r} returned {value!r} for image {index}; return a number") from None
-    if np.isinf(score):
-        raise ValueError(
-            f"reward {name!r} returned {score} for image {index}; return a finite number, or NaN for no score"
-        )
-    return score

@@ -104,19 +104,12 @@ def choose_batch_size(chosen: int | None, bytes_per_image: int, device: str) -> 
     """
     if chosen is not None:
         return chosen
-    budget = MEMORY_SHARE * _free_bytes(device)
+    import torch
+
+    from stage_grpo.devices import free_bytes
+
+    budget = MEMORY_SHARE * free_bytes(torch.device(device))
     return max(1, min(MAX_BATCH_SIZE, int(budget // max(1, bytes_per_image))))
-
-
-def _free_bytes(device: str) -> float:
-    if device.startswith("cuda"):
-        import torch
-
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):  # macOS does not say
-        return 4e9
 
 
 def batches(num_items: int, batch_size: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, batches, choose_batch_size, pick_device, weights_folder
-from stage_grpo.rewards.noun_phrases import check_spacy, phrases_of
+from stage_grpo.rewards.noun_phrases import KEY, check_spacy, phrases_of
 from stage_grpo.rewards.readable import drop_infinite, unreadable
 from stage_grpo.types import Metadata
 
@@ -82,6 +82,11 @@ class BlipVqaReward(Reward):
         if self.options.spacy_model is not None:
             check_spacy(self.options.spacy_model)
         return self.name
+
+    def check_row(self, prompt: str, metadata: Metadata) -> None:
+        """Reads the row's noun phrases, and leaves it to later to find them. See :meth:`Reward.check_row`."""
+        if metadata.get(KEY) is not None or self.options.spacy_model is None:
+            phrases_of(prompt, metadata, None)
 
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
         """Asks about every noun phrase of each prompt. See :meth:`Reward.compute`.

@@ -12,6 +12,8 @@ from typing import Any
 import httpx2 as httpx
 from PIL import Image
 
+from stage_grpo.rewards.connection import HEALTH_SECONDS, in_words, open_client
+
 
 class ChatServer:
     """Asks a server's ``/chat/completions``, several questions at once.
@@ -29,14 +31,33 @@ class ChatServer:
     """
 
     def __init__(self, server: str, model: str, key_file: str | None, timeout: float, retries: int, concurrency: int):
-        self._model, self._retries, self._concurrency = model, retries, concurrency
+        self._server, self._model, self._retries, self._concurrency = server, model, retries, concurrency
         headers = {}
         if key_file is not None:
             try:
                 headers["Authorization"] = f"Bearer {Path(key_file).expanduser().read_text(encoding='utf-8').strip()}"
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"key_file={key_file!r} cannot be read ({error}); name a text file") from error
-        self._client = httpx.Client(base_url=server.rstrip("/") + "/", headers=headers, timeout=timeout)
+        self._client = open_client(server, headers, timeout)
+
+    def check(self) -> None:
+        """Sees that the server is there and has the model.
+
+        Raises:
+            ValueError: It is not, or has others.
+        """
+        try:
+            answer = self._client.get("models", timeout=HEALTH_SECONDS)
+            answer.raise_for_status()
+            names = [str(model["id"]) for model in answer.json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            failed = isinstance(error, httpx.HTTPStatusError)
+            why = f"HTTP {error.response.status_code}" if failed else in_words(error)
+            raise ValueError(
+                f"server={self._server!r} does not list its models ({why}); start it, or write http://HOST:PORT/v1"
+            ) from error
+        if self._model not in names:
+            raise ValueError(f"server={self._server!r} has no model={self._model!r}; give one of {', '.join(names)}")
 
     def answer(self, images: list[Image.Image], questions: list[str], max_tokens: int) -> list[str | Exception]:
         """Ask one question about each of B images.

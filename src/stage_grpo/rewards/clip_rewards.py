@@ -156,16 +156,12 @@ class AestheticReward(ImageTextReward):
     name = "aesthetic"
     Options = AestheticOptions
     requirements = ("clip-vit-large-patch14", "aesthetic-v2")
+    weight_options = ("clip_weights", "weights")
 
     def __init__(self, options: AestheticOptions | None = None):
         super().__init__(options)
         of_clip = replace(self.options, weights=self.options.clip_weights)
         self.encoder = ClipEncoder(of_clip, self.requirements[0])
-
-    def needed_weights(self) -> tuple[str, ...]:
-        """See :meth:`Reward.needed_weights`."""
-        chosen = (self.options.clip_weights, self.options.weights)
-        return tuple(name for name, folder in zip(self.requirements, chosen) if not folder)
 
     @cached_property
     def head(self) -> torch.nn.Sequential:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import ipaddress
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stage_grpo.command_line import ArgumentParser
-from stage_grpo.rewards.registry import REWARDS, build_reward, missing_packages, reward_class
-from stage_grpo.weights import WEIGHTS, is_present
+from stage_grpo.rewards.connection import is_loopback
+from stage_grpo.rewards.registry import REWARDS, build_ready_reward, lacking, reward_class
+from stage_grpo.weights import WEIGHTS
 from stage_grpo.weights.command import as_table
 
 
@@ -35,12 +35,9 @@ def main_rewards(program: str, words: Sequence[str]) -> str:
 
 
 def _state(name: str) -> str:
-    reward = reward_class(name)
-    lacking = [weights for weights in reward.requirements if not is_present(weights)]
-    steps = [f"pip install 'stage-grpo[{reward.extra}]'"] if missing_packages(reward) else []
-    steps += [f"stage weights get {' '.join(lacking)}"] if lacking else []
-    steps += ["needs a url: docs/rewards.md"] if name == "deqa" else []
-    return "; ".join(steps) or "ready"
+    if name == "deqa":
+        return "needs a url: docs/rewards.md"
+    return "; ".join(remedy for _, remedy in lacking(name)) or "ready"
 
 
 def main_serve(program: str, words: Sequence[str], announce: Callable[[str], None]) -> None:
@@ -52,7 +49,7 @@ def main_serve(program: str, words: Sequence[str], announce: Callable[[str], Non
         announce: Takes the line that says where it listens.
 
     Raises:
-        ValueError: A wrong word or value, an unknown reward, or a package that is missing.
+        ValueError: A wrong word or value, an unknown reward, or something that is missing to compute it.
     """
     parser = ArgumentParser(prog=program, description="Serve a reward over HTTP; docs/rewards.md states the protocol.")
     parser.add_argument("name", metavar="NAME", help="see stage rewards, or module:function of your own")
@@ -72,9 +69,9 @@ def main_serve(program: str, words: Sequence[str], announce: Callable[[str], Non
     from stage_grpo.rewards.protocol import Limits
     from stage_grpo.rewards.server import make_app, serve
 
-    reward = build_reward(given.name, options)
+    reward = build_ready_reward(given.name, options)
     app = make_app(reward, token, Limits(max_images=given.max_images, max_bytes=given.max_mb * 1_000_000))
-    warning = "" if token or _is_loopback(given.host) else "; anyone who reaches it can use it: give --token-file"
+    warning = "" if token or is_loopback(given.host) else "; anyone who reaches it can use it: give --token-file"
     announce(f"serving {reward.name} on http://{given.host}:{given.port}{warning}")
     serve(app, given.host, given.port)
 
@@ -105,10 +102,3 @@ def _token(given: argparse.Namespace) -> str | None:
     if token == "":
         raise ValueError("the token is empty; give one of at least a character, or none")
     return token
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

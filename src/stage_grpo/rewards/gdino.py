@@ -67,6 +67,10 @@ class GdinoReward(Reward):
         super().__init__(options)
         self._detector: Any = None
 
+    def check_row(self, prompt: str, metadata: Metadata) -> None:
+        """Reads the row. See :meth:`stage_grpo.rewards.base.Reward.check_row`."""
+        parse_row(metadata)
+
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
         """Detects and judges. See :meth:`stage_grpo.rewards.base.Reward.compute`.
 

@@ -100,16 +100,26 @@ class GenevalReward(Reward):
     name = "geneval"
     Options = GenevalOptions
     requirements = (DETECTOR_WEIGHTS, COLOR_WEIGHTS)
+    weight_options = ("weights", "color_weights")
 
     def __init__(self, options: GenevalOptions | None = None):
         super().__init__(options)
         colors = replace(self.options, weights=self.options.color_weights)
         self.classifier = ColorClassifier(ClipEncoder(colors, COLOR_WEIGHTS))
 
-    def needed_weights(self) -> tuple[str, ...]:
-        """See :meth:`Reward.needed_weights`."""
-        chosen = (self.options.weights, self.options.color_weights)
-        return tuple(name for name, folder in zip(self.requirements, chosen) if not folder)
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Classes that the detector knows, read from its configuration alone."""
+        from transformers import Mask2FormerConfig
+
+        folder = weights_folder(self.options.weights, DETECTOR_WEIGHTS)
+        config: Any = Mask2FormerConfig.from_pretrained(folder, local_files_only=True)
+        return list(config.id2label.values())
+
+    def check_row(self, prompt: str, metadata: Metadata) -> None:
+        """Reads the clauses and their classes. See :meth:`Reward.check_row`."""
+        if metadata.get("include") is not None:
+            _check_classes([parse_metadata(metadata)], self.class_names)
 
     @cached_property
     def detector(self) -> Mask2FormerDetector:
@@ -140,7 +150,7 @@ class GenevalReward(Reward):
         wanted = [parse_metadata(metadata[index]) for index in asked]  # all of them before any work is done
         if not asked:
             return RewardResult(scores, details)
-        self._check_classes(wanted)
+        _check_classes(wanted, self.detector.class_names)
         pictures = [images[index].convert("RGB") for index in asked]
         detected = self.detect(pictures, [metadata[index] for index in asked])
         colors = self._name_colors(pictures, wanted, detected)
@@ -214,14 +224,13 @@ class GenevalReward(Reward):
             named[index].setdefault(name, []).append(color or "")
         return [None if index in broken else names for index, names in enumerate(named)]
 
-    def _check_classes(self, wanted: list[Requirements]) -> None:
-        known = set(self.detector.class_names)
-        names = {clause.name for requirements in wanted for clause in (*requirements.include, *requirements.exclude)}
-        if names - known:
-            raise ValueError(
-                f"metadata ask for {sorted(names - known)}, which the detector does not know; it knows "
-                f"{', '.join(sorted(known))}"
-            )
+
+def _check_classes(wanted: Sequence[Requirements], known: Sequence[str]) -> None:
+    names = {clause.name for requirements in wanted for clause in (*requirements.include, *requirements.exclude)}
+    if unknown := sorted(names.difference(known)):
+        raise ValueError(
+            f"metadata ask for {unknown}, which the detector does not know; it knows {', '.join(sorted(known))}"
+        )
 
 
 def _obstacle(image: Image.Image, metadata: Metadata) -> str | None:

@@ -64,6 +64,10 @@ class GitReward(Reward):
         super().__init__(options)
         self._model: Any = None
 
+    def check_row(self, prompt: str, metadata: Metadata) -> None:
+        """Reads the row. See :meth:`stage_grpo.rewards.base.Reward.check_row`."""
+        parse_row(metadata)
+
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
         """Asks all questions of each picture. See :meth:`stage_grpo.rewards.base.Reward.compute`.
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from stage_grpo.option_checks import check_count, is_number
 from stage_grpo.rewards.base import Reward, RewardResult
-from stage_grpo.rewards.batching import ModelOptions, choose_batch_size, pick_device, weights_folder
+from stage_grpo.rewards.batching import ModelOptions, pick_device, weights_folder
 from stage_grpo.rewards.failures import REASON
 from stage_grpo.types import Metadata
 
@@ -28,8 +29,6 @@ ALIGNMENT = (
     "objects, their attributes and their relations), and how good the picture is (clarity, details, colours, overall "
     "appeal). Give one score from 1 to 5 after 'Final Score:'.\nCaption: [{prompt}]"
 )
-_ACTIVATION_BYTES = 400_000_000
-"""Of one image of 512 x 512 pixels and its answer in a model of 7 billion parameters, roughly."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,13 @@ class JudgeOptions(ModelOptions):
             raise ValueError(f"server={self.server!r} is no address; write http://HOST:PORT/v1")
         if self.server is not None and not self.model:
             raise ValueError("server is given without model; name the model as the server does")
-        for name, least in (("timeout", 0.001), ("retries", 0), ("concurrency", 1), ("max_tokens", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise ValueError(f"{name}={value!r} must be a number of at least {least}")
+        for name in ("model", "key_file"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name}={getattr(self, name)!r} is no text; put it into quotes")
+        if not is_number(self.timeout) or not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout={self.timeout!r} must be a number of seconds above 0")
+        for name, least in (("retries", 0), ("concurrency", 1), ("max_tokens", 1)):
+            check_count(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ class VlmJudge(Reward):
         """None with a server, which brings its own. See :meth:`Reward.needed_weights`."""
         return () if self.options.server else super().needed_weights()
 
+    def check_health(self) -> str:
+        """Asks the server, if there is one, for its models. See :meth:`Reward.check_health`."""
+        if self.options.server:
+            self._chat = self._chat or self._load()
+            self._chat.check()
+        return self.name
+
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
         """Asks and reads the answers. See :meth:`Reward.compute`."""
         if self._chat is None:
@@ -137,12 +146,11 @@ class VlmJudge(Reward):
         if o.server:
             from stage_grpo.rewards.chat_server import ChatServer
 
-            return ChatServer(o.server, o.model, o.key_file, o.timeout, int(o.retries), int(o.concurrency))
+            return ChatServer(o.server, o.model, o.key_file, o.timeout, o.retries, o.concurrency)
         from stage_grpo.rewards.qwen_vl import QwenVl
 
-        device = pick_device(o.device)
         folder = weights_folder(o.weights, self.requirements[0])
-        return QwenVl(folder, device, o.dtype, choose_batch_size(o.batch_size, _ACTIVATION_BYTES, device))
+        return QwenVl(folder, pick_device(o.device), o.dtype, o.batch_size)
 
 
 class UnifiedReward(VlmJudge):

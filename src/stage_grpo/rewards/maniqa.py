@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,6 +91,8 @@ def _build(device: str, weights: str | None) -> Any:
     """MANIQA by pyiqa, as trained on KonIQ-10k."""
     import torch
 
+    from stage_grpo.weights.convert_clip import read_tensors
+
     try:
         import pyiqa  # pyright: ignore[reportMissingImports]
         from pyiqa.archs import arch_util, maniqa_arch  # pyright: ignore[reportMissingImports]
@@ -105,9 +106,9 @@ def _build(device: str, weights: str | None) -> Any:
         metric = pyiqa.create_metric("maniqa", device=device, as_loss=False, pretrained=False)
     try:
         # Not by pyiqa, which would unpickle whatever the file holds.
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = read_tensors(Path(file))
         metric.net.load_state_dict(arch_util.clean_state_dict(tensors.get("params", tensors)))
-    except (UnpicklingError, RuntimeError, AttributeError) as error:
+    except (ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{file} does not hold MANIQA's weights; give ckpt_koniq10k.pt") from error
     return metric
 

@@ -19,7 +19,9 @@ from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.readable import unreadable
 from stage_grpo.types import Metadata
 
-ENGINES = ("rapidocr", "paddleocr")
+# PaddleOCR is no extra of this package: it wants an older NumPy than everything else here.
+ENGINES = {"rapidocr": "'stage-grpo[ocr]'", "paddleocr": "'paddleocr>=3.7,<4' 'paddlepaddle>=3.3,<4'"}
+"""Engines, and what pip installs for each."""
 MAX_ASPECT_RATIO = 16
 """The engine enlarges the short side to ``detection_side``, so a narrow strip would become a gigantic picture."""
 
@@ -114,6 +116,16 @@ class OcrReward(Reward):
         super().__init__(options)
         self._reader: Reader | None = None
 
+    @classmethod
+    def needed_packages(cls, options: OcrOptions) -> tuple[str, ...]:
+        """PaddleOCR, which is no part of the extra, is looked for by :meth:`check_health`."""
+        return ("rapidfuzz",) if options.engine == "paddleocr" else cls.packages
+
+    def check_health(self) -> str:
+        """Sees that the engine is installed. See :meth:`stage_grpo.rewards.base.Reward.check_health`."""
+        _check_installed(self.options.engine)
+        return self.name
+
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
         """Reads every picture whose prompt quotes a text. See :meth:`stage_grpo.rewards.base.Reward.compute`.
 
@@ -155,7 +167,7 @@ def _obstacle(image: Image.Image, wanted: str | None) -> str | None:
 
 
 def _rapidocr(options: OcrOptions) -> Reader:
-    _check_installed("rapidocr", "stage-grpo[ocr]")
+    _check_installed("rapidocr")
     from rapidocr import RapidOCR
 
     # Neither turned by 180 degrees nor filtered further: as the published rewards call their engine.
@@ -177,8 +189,7 @@ def _rapidocr(options: OcrOptions) -> Reader:
 
 
 def _paddleocr(options: OcrOptions) -> Reader:
-    # Not an extra of this package: it wants an older NumPy than everything else here.
-    _check_installed("paddleocr", "paddleocr>=3.7,<4' 'paddlepaddle>=3.3,<4")
+    _check_installed("paddleocr")
     from paddleocr import PaddleOCR  # pyright: ignore[reportMissingImports]
 
     engine = PaddleOCR(
@@ -209,6 +220,6 @@ def _num_threads(options: OcrOptions) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _check_installed(package: str, requirement: str) -> None:
-    if find_spec(package) is None:
-        raise ValueError(f"the OCR engine {package} is not installed; pip install '{requirement}'")
+def _check_installed(engine: str) -> None:
+    if find_spec(engine) is None:
+        raise ValueError(f"the OCR engine {engine} is not installed; pip install {ENGINES[engine]}")

@@ -145,7 +145,7 @@ def decode_response(body: bytes, num_images: int) -> RewardResult:
 
 def _decode_object(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body, parse_constant=_refuse_constant)
+        content = json.loads(body, parse_constant=_refuse_constant, parse_int=_as_int)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"this is no JSON ({str(error)[:100]})") from error
     if not isinstance(content, dict):
@@ -157,6 +157,12 @@ def _decode_object(body: bytes) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> float:
     raise ValueError(f"{word} is no JSON; write null for a missing score")
+
+
+def _as_int(digits: str) -> int:
+    if math.isinf(float(digits)):
+        raise ValueError(f"a number of {len(digits)} digits is too large")
+    return int(digits)
 
 
 def _encode_image(image: Image.Image) -> str:

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
-from stage_grpo.rewards.batching import batches
+from stage_grpo.rewards.batching import batches, choose_batch_size
 from stage_grpo.rewards.loading import load_model
 
 MAX_PIXELS = 512 * 512
+BYTES_PER_IMAGE = 400_000_000
+"""Activations of one image of 512 x 512 pixels and its answer in a model of 7 billion parameters, roughly."""
 _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 _AFTER = "<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -27,10 +29,10 @@ class QwenVl:
         folder: Checkpoint in transformers' layout.
         device: Where it runs.
         dtype: Name of the dtype of its weights.
-        batch_size: Images at a time.
+        batch_size: Images at a time; None: what fits into a share of the memory that the model leaves free.
     """
 
-    def __init__(self, folder: Path, device: str, dtype: str, batch_size: int):
+    def __init__(self, folder: Path, device: str, dtype: str, batch_size: int | None):
         self._batch_size = batch_size
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self._processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -44,7 +46,8 @@ class QwenVl:
             B answers.
         """
         answers: list[str | Exception] = []
-        for part in batches(len(images), self._batch_size):
+        batch_size = choose_batch_size(self._batch_size, BYTES_PER_IMAGE, str(self._model.device))
+        for part in batches(len(images), batch_size):
             answers += self._answer_batch(images[part], questions[part], max_tokens)
         return answers
 

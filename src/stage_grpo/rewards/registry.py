@@ -10,7 +10,7 @@ from typing import Any
 
 from stage_grpo.plug_ins import check_option_names, load_target
 from stage_grpo.rewards.base import FunctionReward, Reward
-from stage_grpo.weights import cache_folder, is_present
+from stage_grpo.weights import cache_folder, folder, is_present
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,27 @@ def build_reward(name: str, options: dict[str, Any] | None = None) -> Reward:
     place = REWARDS[name].target if name in REWARDS else name
     target = load_target(place, f"reward {place!r}")
     if isinstance(target, type) and issubclass(target, Reward):
-        _check_packages(name, target)
         check_option_names(f"reward {name!r}", options, [option.name for option in fields(target.Options)])
-        return target(_checked_options(name, target.Options, options))
+        checked = _checked_options(name, target.Options, options)
+        _check_packages(name, target, checked)
+        return target(checked)
     if callable(target) and not isinstance(target, type):
-        check_option_names(f"reward {name!r}", options, _keyword_parameters(target))
+        check_option_names(f"reward {name!r}", options, _keyword_parameters(target, options))
         return FunctionReward(target, options)
     raise ValueError(f"{name!r} is {target!r}; name a function f(images, prompts, metadata) or a Reward class")
+
+
+def build_ready_reward(name: str, options: dict[str, Any] | None = None) -> Reward:
+    """Builds a reward as :func:`build_reward`, and makes sure that nothing it needs is missing.
+
+    Raises:
+        ValueError: it cannot be built, or lacks weights, a package or its server.
+    """
+    reward = build_reward(name, options)
+    reward.check_health()
+    for needed in reward.needed_weights():
+        folder(needed)
+    return reward
 
 
 def _remote(name: str, options: dict[str, Any]) -> Reward:
@@ -187,14 +201,9 @@ def reward_class(name: str) -> type[Reward]:
     return load_target(place, f"reward {place!r}")
 
 
-def missing_packages(reward: type[Reward]) -> list[str]:
-    """Import names of packages that a reward needs and this machine lacks. Nothing is imported."""
-    return [package for package in reward.packages if importlib.util.find_spec(package) is None]
-
-
-def _check_packages(name: str, reward: type[Reward]) -> None:
-    lacking = missing_packages(reward)
-    if lacking:
+def _check_packages(name: str, reward: type[Reward], options: Any) -> None:
+    needed = reward.needed_packages(options)
+    if lacking := [package for package in needed if importlib.util.find_spec(package) is None]:
         raise ValueError(
             f"reward {name!r} needs {', '.join(lacking)}, which is not installed; "
             f"pip install 'stage-grpo[{reward.extra}]'"
@@ -210,30 +219,41 @@ def lacking(name: str, options: dict[str, Any] | None = None) -> list[tuple[str,
     """
     try:
         reward = build_reward(name, options)
+        absent = [weights for weights in reward.needed_weights() if not is_present(weights)]
+    except ValueError as error:
+        return [_thing_and_remedy(error)]
+    found = [
+        (f"the weights {weights} of reward {name} are not in {cache_folder()}", f"stage weights get {weights}")
+        for weights in absent
+    ]
+    try:
         reward.check_health()
     except ValueError as error:
-        what, _, remedy = str(error).rpartition("; ")
-        return [(what, remedy)]
-    return [
-        (f"the weights {weights} of reward {name} are not in {cache_folder()}", f"stage weights get {weights}")
-        for weights in reward.needed_weights()
-        if not is_present(weights)
-    ]
+        found.insert(0, _thing_and_remedy(error))
+    return found
+
+
+def _thing_and_remedy(error: ValueError) -> tuple[str, str]:
+    what, _, remedy = str(error).rpartition("; ")
+    return what, remedy
 
 
 def _checked_options(name: str, options_class: type[Any], options: dict[str, Any]) -> Any:
     required = [o.name for o in fields(options_class) if o.default is MISSING and o.default_factory is MISSING]
     if absent := [option for option in required if option not in options]:
         shown = ", ".join(absent)
-        raise ValueError(f"reward {name!r} rejects its options {options}: {shown} is missing; give the option {shown}")
+        raise ValueError(f"reward {name!r} rejects its options: {shown} is missing; give the option {shown}")
     try:
         return options_class(**options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward {name!r} rejects its options {options}: {error}") from error
+        # Not their values, among which may be a token.
+        raise ValueError(f"reward {name!r} rejects its options {', '.join(options)}: {error}") from error
 
 
-def _keyword_parameters(function: Callable[..., Any]) -> list[str]:
-    """Names a function takes beyond images, prompts and metadata."""
+def _keyword_parameters(function: Callable[..., Any], options: dict[str, Any]) -> list[str]:
+    """Names a function takes beyond images, prompts and metadata: any that are given, where it takes ``**kwargs``."""
     parameters = list(inspect.signature(function).parameters.values())
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return list(options)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [parameter.name for parameter in parameters[3:] if parameter.kind in named]

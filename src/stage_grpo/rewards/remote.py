@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import time
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from PIL import Image
 
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import batches
+from stage_grpo.rewards.connection import HEALTH_SECONDS, in_words, open_client
 from stage_grpo.rewards.failures import REASON
 from stage_grpo.rewards.protocol import ProtocolError, decode_response, encode_request
+from stage_grpo.rewards.registry import REWARDS
 from stage_grpo.types import Metadata
 
 MAX_ANSWER_BYTES = 16_000_000
@@ -52,6 +53,9 @@ class RemoteOptions:
 
     def __post_init__(self):
         _check_url(self.url)
+        for name in ("token", "token_file"):
+            if not isinstance(getattr(self, name), str | None):  # the value may be a secret
+                raise ValueError(f"{name} must be text, not {type(getattr(self, name)).__name__}; put it into quotes")
         if self.token is not None and self.token_file is not None:
             raise ValueError("both token and token_file are given; give one")
         for name, least, kind in (
@@ -114,7 +118,7 @@ class RemoteReward(Reward):
                 try:
                     answer = self._ask(client, body, part.stop - part.start)
                 except (httpx.HTTPError, ProtocolError) as error:
-                    reason = f"{self.options.url}: {_in_words(error)}"
+                    reason = f"{self.options.url}: {in_words(error)}"
                     details[REASON][part.start :] = [reason] * (len(images) - part.start)
                     break  # the next request would only wait as long again
                 scores[part] = answer.scores
@@ -123,27 +127,33 @@ class RemoteReward(Reward):
         return RewardResult(scores, details)
 
     def check_health(self) -> str:
-        """Asks the server whether it is there, and which reward it computes. See :meth:`Reward.check_health`."""
-        with self._client(timeout=min(10.0, self.options.timeout)) as client:
+        """Asks the server whether it is there, and which reward it computes. See :meth:`Reward.check_health`.
+
+        A name that is not in the table of rewards says nothing of what the server computes.
+
+        Raises:
+            ValueError: it is not there, or computes another reward.
+        """
+        start = f"start it there by: stage serve-reward {self.name}"
+        with self._client(timeout=min(HEALTH_SECONDS, self.options.timeout)) as client:
             try:
                 answer = client.get("health")
                 _check_status(answer.status_code, answer.content)
-                return str(answer.json()["reward"])
+                found = str(answer.json()["reward"])
             except (httpx.HTTPError, ProtocolError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"the server of reward {self.name!r} at {self.options.url} does not answer as one "
-                    f"({_in_words(error)}); start it there by: stage serve-reward {self.name}"
+                    f"({in_words(error)}); {start}"
                 ) from error
+        if self.name in REWARDS and found != self.name:
+            raise ValueError(
+                f"the server of reward {self.name!r} at {self.options.url} computes {found!r:.60}; {start}, or give "
+                "the url of another server"
+            )
+        return found
 
     def _client(self, timeout: float | None = None) -> httpx.Client:
-        base = self.options.url.rstrip("/") + "/"
-        # A proxy that is set up for the internet does not lead back to this machine.
-        return httpx.Client(
-            base_url=base,
-            headers=self._headers,
-            timeout=timeout or self.options.timeout,
-            trust_env=not _is_loopback(urlsplit(base).hostname or ""),
-        )
+        return open_client(self.options.url, self._headers, timeout or self.options.timeout)
 
     def _ask(self, client: httpx.Client, body: bytes, num_images: int) -> RewardResult:
         """Ask once and, if the line or the server falters, again."""
@@ -174,18 +184,6 @@ class RemoteReward(Reward):
 def _check_status(status: int, content: bytes) -> None:
     if status != 200:
         raise ProtocolError(f"HTTP {status} {content[:200].decode(errors='replace')}".strip(), status)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _in_words(error: Exception) -> str:
-    kind = {"ConnectError": "cannot be reached", "ReadTimeout": "gave no answer in time"}.get(type(error).__name__)
-    return f"{kind} ({error})" if kind else str(error) or type(error).__name__
 
 
 class DeqaReward(RemoteReward):

@@ -73,16 +73,14 @@ class _Service:
             return _refusal(503, f"{MAX_WAITING} requests are waiting already; try again later")
         self._waiting += 1
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await self._body(request)
-            inputs = await run_in_threadpool(decode_request, body, self._limits)
+            inputs = await run_in_threadpool(decode_request, await self._body(request), self._limits)
             async with self._turn:
+                if await request.is_disconnected():  # while it waited for its turn
+                    raise ClientDisconnect
                 result = await run_in_threadpool(self._reward.score, *inputs)
             return Response(encode_response(self._reward.name, result), media_type="application/json")
         except ProtocolError as error:
             return _refusal(error.status, str(error))
-        except TimeoutError:
-            return _refusal(408, f"the request did not arrive in {BODY_SECONDS:g} seconds")
         except ClientDisconnect:
             return _refusal(400, "the request was cut off")
         except Exception as error:  # one bad image must not end the service; the client gets no score
@@ -98,15 +96,19 @@ class _Service:
         return hmac.compare_digest(given, f"Bearer {self._token}".encode())
 
     async def _body(self, request: Request) -> bytes:
-        """Read the body, and stop as soon as it is too long, whatever its header says."""
+        """Read the body, and stop as soon as it takes too long or is too long, whatever its header says."""
         length = request.headers.get("Content-Length", "0")
         body = bytearray()
         if length.isdecimal() and int(length) > self._limits.max_bytes:
             raise ProtocolError(f"the request has {length} bytes, more than {self._limits.max_bytes}", 413)
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._limits.max_bytes:
-                raise ProtocolError(f"the request has more than {self._limits.max_bytes} bytes", 413)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self._limits.max_bytes:
+                        raise ProtocolError(f"the request has more than {self._limits.max_bytes} bytes", 413)
+        except TimeoutError as error:
+            raise ProtocolError(f"the request did not arrive in {BODY_SECONDS:g} seconds", 408) from error
         return bytes(body)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from stage_grpo.rewards.base import Reward, RewardResult
-from stage_grpo.rewards.geneval import judge
+from stage_grpo.rewards.geneval import judge, parse_metadata
 from stage_grpo.shapes.detector import Detections, ShapesDetector
 from stage_grpo.shapes.scenes import IMAGE_SIZE
 from stage_grpo.types import Metadata
@@ -46,6 +46,10 @@ class ShapesReward(Reward):
     def __init__(self, options: ShapesOptions | None = None):
         super().__init__(options)
         self._detector = ShapesDetector()
+
+    def check_row(self, prompt: str, metadata: Metadata) -> None:
+        """Reads the clauses. See :meth:`Reward.check_row`."""
+        parse_metadata(metadata)
 
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
         """Detects and judges. See :meth:`Reward.compute`.

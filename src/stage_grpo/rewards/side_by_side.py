@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stage_grpo.rewards.base import Reward, RewardFunction, RewardResult, as_reward, as_trl_reward
+from stage_grpo.rewards.base import Reward, RewardFunction, RewardResult, as_reward, as_trl_reward, check_names
 from stage_grpo.rewards.cells import as_metadata
 from stage_grpo.types import Metadata
 
@@ -41,11 +41,13 @@ class RewardThreads:
 
     Raises:
         TypeError: A reward is neither a :class:`Reward` nor callable.
+        ValueError: A function is called otherwise, or two rewards have the same name.
     """
 
     def __init__(self, rewards: Sequence[Reward | RewardFunction], ahead: bool):
         self.ahead = ahead
         self._rewards = [as_reward(reward) for reward in rewards]
+        check_names(self._rewards)
         self.functions = [
             as_trl_reward(reward, partial(self._result, place) if ahead else None)
             for place, reward in enumerate(self._rewards)

@@ -5,10 +5,14 @@ It runs beside other such rewards and remote ones, and a library that crashes ta
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +22,8 @@ from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.failures import REASON
 from stage_grpo.types import Metadata
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What a run answers by ending after its step."""
 _here: Reward | None = None
 """In the worker: the reward that it computes."""
 
@@ -25,7 +31,8 @@ _here: Reward | None = None
 class WorkerReward(Reward):
     """Scores that another process of this machine computes; it is started by the first images.
 
-    If that process dies, the images of the step have no score, and the next step starts it again.
+    If that process dies, the images of the step have no score, and the next step starts it again. Signals that end a
+    run do not end it; it ends with the run.
 
     Args:
         name: As in :func:`~stage_grpo.rewards.registry.build_reward`.
@@ -50,6 +57,10 @@ class WorkerReward(Reward):
         """As the reward itself. See :meth:`Reward.check_health`."""
         return self._outline.check_health()
 
+    def check_row(self, prompt: str, metadata: Metadata) -> None:
+        """As the reward itself. See :meth:`Reward.check_row`."""
+        self._outline.check_row(prompt, metadata)
+
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
         """Has the worker score. See :meth:`Reward.compute`."""
         if self._pool is None:
@@ -66,10 +77,39 @@ class WorkerReward(Reward):
 def _build(name: str, options: dict[str, Any]) -> None:
     from stage_grpo.rewards.registry import build_reward
 
+    # What a terminal or a cluster sends to the whole group is for the run to obey, which finishes its step first.
+    for number in SIGNALS:
+        signal.signal(number, _ignore)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
     global _here
     _here = build_reward(name, options)
 
 
+def _ignore(number: int, frame: Any) -> None:
+    """Not SIG_IGN, which programs that the reward starts would inherit."""
+
+
+def _end_with_the_run() -> None:
+    run = parent_process()
+    assert run is not None, "a worker is started by a run"
+    run.join()
+    os._exit(1)
+
+
 def _score(images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> RewardResult:
     assert _here is not None, "the pool builds the reward before it scores"
-    return _here.score(images, prompts, metadata)
+    try:
+        return _here.score(images, prompts, metadata)
+    except BaseException as error:
+        if _is_portable(error):
+            raise
+        raise RuntimeError(repr(error)) from error
+
+
+def _is_portable(error: BaseException) -> bool:
+    """Whether the run can receive an error, and goes on by its own rules then."""
+    try:
+        copy.copy(error)  # by the calls that also make it anew in the run
+    except Exception:  # whatever its class raises then
+        return False
+    return isinstance(error, Exception)

@@ -1,4 +1,4 @@
-"""Getting weights into one cache, every byte checked, converted once, whole or not there at all.
+"""Getting weights into one cache, checked where a checksum is known, converted once, whole or not there at all.
 
 ::
 
@@ -96,8 +96,9 @@ def get(name: str, source: Path | None = None, patience: Patience | None = None)
 
     Args:
         name: Name of the weights.
-        source: Take files from here where it has them: a folder, or a file of one of the names. The others are
-            downloaded, or taken from the hub's own cache.
+        source: Take files from here where it has them: a folder, or a file of one of the names. Of a folder that is
+            not called as the weights, files without a known checksum are only taken from the one in it that is: many
+            models have a ``config.json``. The others are downloaded, or taken from the hub's own cache.
         patience: Tries and waits of a download.
 
     Returns:
@@ -133,7 +134,8 @@ def _collect(
     wanted = list(entry.files)
     files: dict[str, Path] = {}
     for file in wanted:  # grows while an index is read
-        files[file.name] = _find(file, source, only_one=len(entry.files) == 1) or _fetch(name, file, folder, patience)
+        found = _find(name, file, source, only_one=len(entry.files) == 1)
+        files[file.name] = found or _fetch(name, file, folder, patience)
         if file.name.endswith(".index.json"):
             wanted += _shards(file, files[file.name])
     return files
@@ -152,11 +154,11 @@ def _shards(index: WeightFile, path: Path) -> list[WeightFile]:
     return [WeightFile(name, hub=index.hub, revision=index.revision) for name in names]
 
 
-def _find(file: WeightFile, source: Path | None, only_one: bool) -> Path | None:
+def _find(name: str, file: WeightFile, source: Path | None, only_one: bool) -> Path | None:
     """A file that is on this machine already: in the user's folder, or in the hub's cache."""
     if source is not None:
         names = dict.fromkeys((file.name, file.upstream_name))
-        places = [source / known for known in names] if source.is_dir() else [source]
+        places = [place / known for place in _folders(name, file, source) for known in names] or [source]
         # A single file may have been renamed, as GenEval's script does; its checksum tells.
         found = [p for p in places if p.is_file() and (p.name in names or only_one)]
         if found:
@@ -173,14 +175,24 @@ def _find(file: WeightFile, source: Path | None, only_one: bool) -> Path | None:
     return Path(cached) if isinstance(cached, str) and right else None
 
 
+def _folders(name: str, file: WeightFile, source: Path) -> list[Path]:
+    """Where in the user's folder a file is looked for; nowhere if it is none."""
+    if not source.is_dir():
+        return []
+    own = [source / name, *([source] if source.resolve().name == name else [])]
+    return own if file.sha256 is None else [*own, source]
+
+
 def _fetch(name: str, file: WeightFile, folder: Path, patience: Patience | None) -> Path:
     target = folder / file.name
     if target.is_file():  # renamed only after its check
         return target
-    by_hand = f"get it elsewhere and pass it by: stage weights get {name} --from PATH"
+    by_hand = f"get it elsewhere, put it into FOLDER/{name} and pass it by: stage weights get {name} --from FOLDER"
     if file.hub is not None:
         from huggingface_hub import constants
 
+        if not file.address.startswith(("http://", "https://")):
+            raise ValueError(f"HF_ENDPOINT={os.environ['HF_ENDPOINT']!r} is no address; write https://HOST")
         if constants.HF_HUB_OFFLINE:
             raise OSError(f"{file.address} is not downloaded, because HF_HUB_OFFLINE is set; unset it, or {by_hand}")
     # Named after what it should be, so that bytes of another version are never continued.

@@ -40,7 +40,7 @@ class WeightFile:
         """Where it is fetched from; hub files from ``$HF_ENDPOINT``, if that is set."""
         if self.url is not None:
             return self.url
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         return f"{endpoint}/{self.hub}/resolve/{self.revision}/{self.hub_path or self.name}"
 
     @property

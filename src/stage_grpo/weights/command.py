@@ -19,14 +19,15 @@ def main_get(program: str, words: Sequence[str]) -> str:
         OSError: The network or a folder does not let us.
     """
     parser = ArgumentParser(
-        prog=program, description="Get weights of reward models, checksums verified, converted once."
+        prog=program, description="Get weights of reward models, verified by their checksums where known, converted."
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"one of {', '.join(WEIGHTS)}")
     parser.add_argument(
         "--from",
         dest="source",
         metavar="PATH",
-        help="take files from this folder (or this file) instead of the network, replacing weights that are there",
+        help="take files from this folder (or this file) instead of the network, replacing weights that are there; "
+        "those without a known checksum only from PATH/NAME",
     )
     options = parser.parse_args(list(words))
 
@@ -42,7 +43,7 @@ def _got(name: str, source: Path | None) -> list[str]:
     unchecked = [
         f"  {file}: no official SHA-256 is known; what came has {known['sha256']}"
         for file, known in files.items()
-        if not known["checked"] and file.endswith((".safetensors", ".pt", ".pth", ".bin"))
+        if not known["checked"]
     ]
     return [f"ready {folder}", *unchecked]
 

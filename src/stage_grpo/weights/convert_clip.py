@@ -183,8 +183,9 @@ def read_tensors(file: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} holds more than tensors, or is broken: {error}; get it again") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        first = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{file} holds more than tensors, or is broken: {first}; get it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not tensors by name; get it again")
     return content

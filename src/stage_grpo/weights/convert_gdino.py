@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -22,6 +21,8 @@ from transformers import (
     GroundingDinoImageProcessorPil,
     SwinConfig,
 )
+
+from stage_grpo.weights.convert_clip import read_tensors
 
 NUM_LEVELS = 4
 NUM_POINTS = 4
@@ -101,7 +102,7 @@ def convert(source_files: Mapping[str, Path], out: Path) -> None:
         raise ValueError(
             f"found {len(files)} .pth files among {sorted(source_files)}; give groundingdino_swint_ogc.pth"
         )
-    stored = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+    stored = read_tensors(files[0])
     original = {name.removeprefix("module."): value for name, value in stored.get("model", stored).items()}
     save_file(rename(original), out / "model.safetensors", metadata={"format": "pt"})
     read_config(original).save_pretrained(out)

@@ -8,7 +8,6 @@ that GenEval downloads) and of mmdet 3.x are both known.
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from stage_grpo.prompt_sets.vocabulary import OBJECT_NAMES
+from stage_grpo.weights.convert_clip import read_tensors
 
 _NUM_POINTS = 4
 """Sampling points per head and level of the deformable attention; fixed in transformers."""
@@ -104,32 +104,14 @@ def convert(source_files: dict[str, Path], out: Path) -> None:
 def read_mmdet(path: Path) -> dict[str, Tensor]:
     """Tensors of mmdet's checkpoint under mmdet's names, without the index buffers saved beside them.
 
-    Nothing but tensors and plain values is unpickled.
-
     Raises:
         ValueError: A file that holds other things, or no tensors.
     """
-    try:
-        saved = _load(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values ({str(error).splitlines()[0]}); "
-            "give the file that mmdet publishes"
-        ) from error
-    tensors = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    saved = read_tensors(path)
+    tensors = saved.get("state_dict", saved)
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} holds no state_dict of tensors; give the file that mmdet publishes")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("relative_position_index")}
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        # mmdet publishes files in torch's format of before 2020, which cannot be mapped into memory.
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def rename(tensors: Mapping[str, Shaped[Tensor, "*shape"]]) -> dict[str, Shaped[Tensor, "*shape"]]:
