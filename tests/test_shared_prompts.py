@@ -45,6 +45,20 @@ def test_features_and_gradients_are_those_of_copied_prompts(policy, prompt_ids, 
         torch.testing.assert_close(shared_gradients[name], gradient, atol=1e-5 * scale + 1e-12, rtol=0)
 
 
+def test_gradients_are_the_same_to_the_bit_whenever_two_threads_add_them_up(policy, prompt_ids):
+    rows = [[1] * 40 + ids for ids in prompt_ids] * 2
+    codes = torch.randint(512, (len(rows), 36), generator=torch.Generator().manual_seed(1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _, first = scored(policy, rows, codes, shares=True)
+        for _ in range(2):
+            _, again = scored(policy, rows, codes, shares=True)
+            assert all(torch.equal(again[name], gradient) for name, gradient in first.items())
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_prompt_runs_once_a_group(policy, prompt_ids):
     """Counted where it matters: positions that pass through a layer's first product."""
     counted = []

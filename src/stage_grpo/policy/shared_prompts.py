@@ -61,7 +61,9 @@ def hidden_states_of_groups(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    cache.batch_select_indices(group)
+    for layer in cache.layers:
+        # Not `keys[group]`: several threads would add up its gradients in an order that changes from run to run.
+        layer.keys, layer.values = layer.keys.index_select(0, group), layer.values.index_select(0, group)
     after = backbone(
         inputs_embeds=codes,
         attention_mask=attention_mask,
@@ -69,4 +71,4 @@ def hidden_states_of_groups(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return torch.cat([before[group], after], dim=1)
+    return torch.cat([before.index_select(0, group), after], dim=1)
