@@ -53,7 +53,7 @@ def hidden_states_of_groups(
         group: From :func:`unique_prompts`.
     """
     num_prompt_tokens = prompt.shape[1]
-    cache = DynamicCache(config=backbone.config)
+    cache: Any = DynamicCache(config=backbone.config)
     before = backbone(
         inputs_embeds=prompt[first],
         attention_mask=attention_mask[first, :num_prompt_tokens],
