@@ -7,6 +7,8 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from stage_grpo.option_checks import is_number
+
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 _ALSO_BOOL = ("scale_rewards", "guard")
 """Fields annotated as text in which true or false has a meaning, as a bare ``off`` of YAML has."""
@@ -43,7 +45,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is dict or origin is dict:
         return isinstance(value, dict)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if isinstance(hint, type) and issubclass(hint, Enum):

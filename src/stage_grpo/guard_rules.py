@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from stage_grpo.guard_signals import History, signals_of
+from stage_grpo.run_record import ABANDONED
 
 K_BETA, MAX_ERROR = 0.1, 0.2
 """Gain and bound of the KL controller. Source: arXiv:1909.08593, section 2.2."""
@@ -187,7 +188,7 @@ def replay(rows: Iterable[Mapping[str, Any]], thresholds: GuardThresholds, windo
     history, told, found = History(window), set(), []
     heldout: dict[str, Any] = {}
     for row in rows:
-        if "abandoned" in row:
+        if ABANDONED in row:
             continue
         heldout |= {"heldout/score": row["heldout/score"]} if "heldout/score" in row else {}
         if "loss" not in row:

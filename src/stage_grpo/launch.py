@@ -96,13 +96,13 @@ def prepare_launch(program: str, words: Sequence[str]) -> Launch:
             f"{file} starts one process, not {num_processes}; give --num-processes 1, or another --accelerate-config"
         )
     plan = make_plan(config, num_processes, options.gpu_memory or _gpu_memory(), parallel)
-    wanted = _gpus_here(options, config)
+    wanted, num_visible = _gpus_here(options, config), torch.cuda.device_count()
     demand = Demand(wanted, plan.work.disk_bytes, parallel.startswith("zero"), parallel == "zero3_offload")
     return Launch(
         _command(options, file, content, num_processes, recipe, rest),
-        missing(config, demand, torch.cuda.device_count()),
+        missing(config, demand, num_visible),
         plan,
-        torch.cuda.device_count() - wanted,
+        num_visible - wanted,
         options.dry_run,
     )
 

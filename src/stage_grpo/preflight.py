@@ -143,12 +143,11 @@ def _weights(key: str, model: str | None) -> Iterator[Missing]:
         return
     folder = Path(model)
     if folder.is_dir():
-        lacking = [] if is_adapter(folder) else _lacking(folder)
-        if key == "model" and is_adapter(folder):
-            yield Missing(
-                f"{key} {model} is a LoRA adapter", f"stage merge {model} {model}-merged, then --{key} {model}-merged"
-            )
-        elif lacking:
+        if is_adapter(folder):
+            if key == "model":
+                remedy = f"stage merge {model} {model}-merged, then --{key} {model}-merged"
+                yield Missing(f"{key} {model} is a LoRA adapter", remedy)
+        elif lacking := _lacking(folder):
             yield Missing(f"{key} {model} lacks {', '.join(lacking)}", f"fetch or convert it again, or --{key} PATH")
         return
     try:

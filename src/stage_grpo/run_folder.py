@@ -20,14 +20,13 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import ProgressCallback
 
+from stage_grpo.run_record import ABANDONED
 from stage_grpo.versions import package_versions
 
 MAX_SAMPLES = 32
 """Images of one saved grid."""
 RECORDS, STEPS, BEST = "heldout.jsonl", "heldout", "best"
 """What held-out evaluations leave: all scores; the folder with one folder a step; the best policy."""
-ABANDONED = "abandoned"
-"""Key of the rows of ``metrics.jsonl`` that a rollback took back; its number."""
 
 _PACKAGES = ("stage-grpo", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "pillow")
 """They decide numbers."""

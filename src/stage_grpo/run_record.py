@@ -13,6 +13,11 @@ from typing import Any
 
 from PIL import Image
 
+from stage_grpo.option_checks import is_number
+
+ABANDONED = "abandoned"
+"""Key of the rows of ``metrics.jsonl`` that a rollback took back; its number."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -75,7 +80,7 @@ class RunRecord:
         Returns:
             Steps and values, both empty if the metric was never logged. Of several rows at a step the last counts.
         """
-        found = {row["step"]: row[name] for row in self.metrics if _is_number(row.get(name))}
+        found = {row["step"]: row[name] for row in self.metrics if _is_finite(row.get(name))}
         return list(found), [float(value) for value in found.values()]
 
     def samples(self, step: int) -> Samples | None:
@@ -135,8 +140,8 @@ def read_run(run_dir: str | Path) -> RunRecord:
         versions=run.pop("versions", None) or {},
         about=run,
         # What a rollback took back is not the run that the last rows belong to.
-        metrics=[row for row in rows if "abandoned" not in row],
-        abandoned=[row for row in rows if "abandoned" in row],
+        metrics=[row for row in rows if ABANDONED not in row],
+        abandoned=[row for row in rows if ABANDONED in row],
         sample_steps=sorted(int(stem) for stem in stems if stem.isdigit()),
     )
 
@@ -174,5 +179,5 @@ def _padded(values: list[Any] | None, length: int) -> list[Any]:
     return (list(values or []) + [None] * length)[:length]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stage_grpo.benchmarks import get_benchmark
+from stage_grpo.option_checks import is_number
 
 _FILE = "published_results.json"
 _FIELDS = {
@@ -120,8 +121,7 @@ def _row(table: dict[str, Any], name: str, figures: Any, where: str) -> Publishe
     if not isinstance(figures, list) or len(figures) != len(columns):
         raise ValueError(f"{where}, {name!r}: {figures} does not give one figure for each of {len(columns)} columns.")
     for figure in figures:
-        is_number = isinstance(figure, int | float) and not isinstance(figure, bool) and math.isfinite(figure)
-        if figure is not None and not is_number:
+        if figure is not None and not (is_number(figure) and math.isfinite(figure)):
             raise ValueError(f"{where}, {name!r}: {figure!r} is no figure; write a number or null.")
     if all(figure is None for figure in figures):
         raise ValueError(f"{where}, {name!r} has no figure; leave the row out.")

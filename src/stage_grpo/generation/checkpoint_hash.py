@@ -47,7 +47,7 @@ def checkpoint_sha256(model: str | Path, base: str | Path | None = None) -> str:
     return _digest([*described, f"base {checkpoint_sha256(base or named)}"])
 
 
-def weight_files(folder: Path) -> list[Path]:
+def glob_weights(folder: Path) -> list[Path]:
     """Files of a checkpoint folder that hold weights, an adapter's included."""
     return _files(folder, _WEIGHTS)
 

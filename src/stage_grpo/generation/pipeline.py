@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from stage_grpo.checkpoints.template import trained_template
-from stage_grpo.generation.checkpoint_hash import weight_files
+from stage_grpo.generation.checkpoint_hash import glob_weights
 from stage_grpo.generation.generate import BAR_FORMAT, MAX_BATCH_SIZE, sample_tile
 from stage_grpo.policy import ImagePolicy, load_policy, load_tokenizer
 from stage_grpo.policy.adapters import is_adapter
@@ -174,7 +174,7 @@ def _is_newer(checkpoint: Path, final: Path) -> bool:
     By its own record and by the file's time: copying changes the one, and clocks of two machines differ in the other.
     """
     manifest = checkpoint / MANIFEST
-    written_at = max((path.stat().st_mtime_ns for path in weight_files(final)), default=0)
+    written_at = max((path.stat().st_mtime_ns for path in glob_weights(final)), default=0)
     try:
         sealed_at = int(json.loads(manifest.read_text(encoding="utf-8"))["written_at"])
         return min(sealed_at, manifest.stat().st_mtime_ns) > written_at

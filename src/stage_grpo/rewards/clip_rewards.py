@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from stage_grpo.option_checks import is_number
 from stage_grpo.rewards.batching import ModelOptions, weights_folder
 from stage_grpo.rewards.clip_encoder import ClipEncoder, ImageTextReward
 from stage_grpo.rewards.clip_pixels import crop_pixels_rounding_down, pad_pixels
@@ -102,8 +103,7 @@ class PickscoreOptions(ModelOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        is_number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
-        if not (is_number and math.isfinite(self.scale) and self.scale > 0):
+        if not (is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale={self.scale!r} must be a number above 0; 1 gives the published score")
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from stage_grpo.option_checks import is_number
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, choose_batch_size, pick_device, weights_folder
 from stage_grpo.rewards.grounding_rules import NEAR_DISTANCE, Caption, build_caption, judge, obstacle
@@ -44,7 +45,7 @@ class GdinoOptions(ModelOptions):
         super().__post_init__()
         for name, most in (("box_threshold", 1.0), ("near_distance", 2.0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
+            if not is_number(value) or not 0 < value < most:
                 raise ValueError(f"{name}={value!r} must be a number between 0 and {most:g}")
         if not isinstance(self.legacy, bool):
             raise ValueError(f"legacy={self.legacy!r} is no truth value; give true or false")

@@ -21,6 +21,7 @@ from stage_grpo.detectors.mask2former import (
     Mask2FormerDetector,
     intersection_over_union,
 )
+from stage_grpo.option_checks import check_count, is_number
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, choose_batch_size, pick_device, weights_folder
 from stage_grpo.rewards.clip_encoder import ClipEncoder
@@ -72,10 +73,9 @@ class GenevalOptions(ModelOptions):
             raise ValueError(f"channel_order={self.channel_order!r} is unknown; use bgr (right) or rgb (as published)")
         for name in ("threshold", "counting_threshold", "max_overlap"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} is outside [0, 1]; give a number within")
-        if isinstance(self.max_objects, bool) or not isinstance(self.max_objects, int) or self.max_objects < 1:
-            raise ValueError(f"max_objects={self.max_objects!r} must be a whole number of at least 1")
+        check_count("max_objects", self.max_objects, 1)
         if self.color_weights is not None and not (isinstance(self.color_weights, str) and self.color_weights):
             raise ValueError(f"color_weights={self.color_weights!r} is no text; name a folder, or leave it out")
 

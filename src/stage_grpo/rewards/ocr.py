@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from stage_grpo.option_checks import check_count
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.readable import unreadable
 from stage_grpo.types import Metadata
@@ -61,8 +62,7 @@ class OcrOptions:
             ("detection_side", self.detection_side, 32),
             ("num_threads", 1 if self.num_threads is None else self.num_threads, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+            check_count(name, value, least)
 
 
 def quoted_text(prompt: str) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import expit
 
+from stage_grpo.option_checks import is_number
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.batching import ModelOptions, batches, choose_batch_size, pick_device, weights_folder
 from stage_grpo.rewards.readable import drop_infinite, unreadable
@@ -40,9 +41,10 @@ class OrmOptions(ModelOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        value = self.temperature
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"temperature={value!r} must be a number above 0; 1 leaves the logits as they are")
+        if not is_number(self.temperature) or not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature!r} must be a number above 0; 1 leaves the logits as they are"
+            )
 
 
 class OrmReward(Reward):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from stage_grpo.option_checks import is_number
 from stage_grpo.rewards.base import RewardResult
 from stage_grpo.rewards.failures import REASON
 from stage_grpo.types import Metadata
@@ -130,8 +131,7 @@ def decode_response(body: bytes, num_images: int) -> RewardResult:
         found = f"{len(scores)} scores" if isinstance(scores, list) else f"{scores!r:.60}"
         raise ProtocolError(f"'scores' must be a list of {num_images} numbers, but is {found}")
     for score in scores:
-        right = score is None or (isinstance(score, int | float) and not isinstance(score, bool))
-        if not right or (score is not None and not math.isfinite(score)):
+        if score is not None and not (is_number(score) and math.isfinite(score)):
             raise ProtocolError(f"'scores' holds {score!r:.60}, which is no finite number")
     details = content.get("details") or {}
     if not isinstance(details, dict):
