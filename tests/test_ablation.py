@@ -41,7 +41,6 @@ from stage_grpo.ablation.results import (
     collect,
     guarded,
 )
-from stage_grpo.ablation.runs import num_cores
 from stage_grpo.ablation.seeds import mean_over_seeds, paired_over_seeds
 from stage_grpo.ablation.table import difference_table
 from stage_grpo.ablation.worker import run_job
@@ -513,14 +512,6 @@ def test_a_dry_call_writes_nothing(base, prompts, tmp_path):
     path = write_grid(base, prompts, **changes)
     text, code = main_ablate("stage ablate", [str(path), "--out", str(tmp_path / "out"), "--seeds", "0", "--dry"])
     assert code == 0 and "2 different trainings, 2 to run" in text and not (tmp_path / "out").exists()
-
-
-def test_cores_are_those_that_a_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    assert num_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert num_cores() == 64
 
 
 @pytest.fixture

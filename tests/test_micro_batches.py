@@ -1,6 +1,7 @@
 """A step in passes of fewer images is the same step; the size by the memory that is free."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from trl.trainer.utils import split_tensor_dict
 from conftest import PROMPTS
 from stage_grpo import devices, micro_batched, trl_seams
 from stage_grpo.config import parse_config
-from stage_grpo.devices import free_bytes
+from stage_grpo.devices import free_bytes, num_cores
 from stage_grpo.micro_batched import choose_size, split_again
 from stage_grpo.micro_batches import in_micro_batches
 from stage_grpo.planning.memory import components
@@ -299,3 +300,11 @@ def test_sizes_in_memory_are_those_of_the_weights(checkpoint):
     found, counted = sizes_of(policy), measure(policy)
     assert all(p.is_meta for p in found.policy.parameters())
     assert (found.parts, found.layer, found.head_matmul) == (counted.parts, counted.layer, counted.head_matmul)
+
+
+def test_cores_are_those_that_a_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert num_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert num_cores() == 64

@@ -1,11 +1,22 @@
-"""What depends on the device: the memory that is free, and a clock that waits for its work."""
+"""What depends on the machine: cores and memory that are free, and a clock that waits for a device's work."""
 
 from __future__ import annotations
 
+import os
 import time
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
+
+
+def num_cores() -> int:
+    """Cores that this process may use: a container or a scheduler may give it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def free_bytes(device: torch.device) -> int:
@@ -15,6 +26,8 @@ def free_bytes(device: torch.device) -> int:
     what no program uses: a cache of files gives way.
     """
     if device.type == "cuda":
+        import torch
+
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
@@ -23,5 +36,7 @@ def free_bytes(device: torch.device) -> int:
 def clock(device: torch.device) -> float:
     """Seconds of a clock, read when the device has done all that it was given: a GPU works on behind Python."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from stage_grpo.ablation.job import LOG, Job, write_job
+from stage_grpo.devices import num_cores
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 120
@@ -44,13 +45,6 @@ def default_parallel() -> int:
     import torch
 
     return torch.cuda.device_count() or num_cores()
-
-
-def num_cores() -> int:
-    """Cores that this process may use: a container or a scheduler may give it fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_jobs(jobs: Sequence[Job], num_parallel: int, keep_weights: bool = False) -> list[Failure]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from stage_grpo.benchmarks import Benchmark
 from stage_grpo.checksums import sha256_of
+from stage_grpo.devices import num_cores
 from stage_grpo.images.expectations import ExpectedImage, expected_images
 from stage_grpo.images.files import read_about
 from stage_grpo.images.folders import IMAGE_SUFFIXES, load_image
@@ -143,7 +143,7 @@ def read_image_set(
     expected, source = expected_images(benchmark, files, rows, num_images, problems)
     any_suffix = benchmark.layout == "flat"
     located = [(image, _locate(image.path, files)) for image in expected]
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_THREADS, num_cores())) as pool:
         work = pool.map(lambda pair: _check(files, pair[0], pair[1], any_suffix), located)
         checked = list(tqdm(work, total=len(located), desc="check images", unit="image", disable=None))
     for result in checked:

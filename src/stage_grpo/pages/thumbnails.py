@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
+from stage_grpo.devices import num_cores
 from stage_grpo.images.folders import load_image
 
 THUMBNAIL_SIZE = 128
@@ -74,7 +74,7 @@ def make_thumbnails(paths: Sequence[Path], size: int = THUMBNAIL_SIZE) -> list[T
         except ValueError:
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), unit="img", desc="thumbnails") as bar:
+    with ThreadPoolExecutor(num_cores()) as pool, tqdm(total=len(paths), unit="img", desc="thumbnails") as bar:
         made = []
         for one in pool.map(make, paths):
             made.append(one)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from stage_grpo.devices import num_cores
 from stage_grpo.option_checks import check_count
 from stage_grpo.rewards.base import Reward, RewardResult
 from stage_grpo.rewards.readable import unreadable
@@ -217,7 +218,7 @@ def _bgr(image: Image.Image) -> np.ndarray:
 def _num_threads(options: OcrOptions) -> int:
     if options.num_threads is not None:
         return options.num_threads
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _check_installed(engine: str) -> None:
