@@ -23,8 +23,8 @@ K_BETA, MAX_ERROR = 0.1, 0.2
 class GuardThresholds:
     """Where the rules draw the line. Provenance of every value: docs/guard.md.
 
-    Those of KL and entropy were checked on a map of learning rate and beta: they tell of every run that collapsed and
-    of no other, those of the KL first. The rest has never been tested by a run that needed it.
+    Those of KL and entropy were drawn from 266 runs of the shapes world: they tell of 24 of the 25 that collapsed, and of
+    2 others. The rest has never been tested by a run that needed it.
 
     Attributes:
         max_kl: KL as a multiple of the reference's entropy at the start of the run.
@@ -42,7 +42,7 @@ class GuardThresholds:
     max_kl: float = 1.0
     max_kl_slope: float = 0.1
     min_entropy_ratio: float = 0.67
-    max_entropy_ratio: float = 1.5
+    max_entropy_ratio: float = 1.3
     max_grad_growth: float = 100.0
     min_unique_images: float = 0.5
     max_heldout_drop: float = 0.25
