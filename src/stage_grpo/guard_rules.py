@@ -23,8 +23,8 @@ K_BETA, MAX_ERROR = 0.1, 0.2
 class GuardThresholds:
     """Where the rules draw the line. Provenance of every value: docs/guard.md.
 
-    Of 266 runs of the shapes world those of KL and entropy tell of 24 of the 25 that collapsed, and of 2 others. The rest
-    has never been tested by a run that needed it.
+    Of 266 runs of the shapes world those of KL and entropy tell of 24 of the 25 that collapsed, and of 2 others. The
+    rest has never been tested by a run that needed it.
 
     Attributes:
         max_kl: KL as a multiple of the reference's entropy at the start of the run.
