@@ -51,7 +51,7 @@ BROKEN = {
     "entropy_high": ({"entropy_policy": 4.0}, 2.0),
     "grad_norm": ({"grad_norm": 100.0}, 200.0),
     "unique_images": ({"unique_images": [0.25, 0.25, 0.25, 1.0, 1.0]}, 0.25),
-    "heldout": ({"heldout": [0.8, None, None, None, 0.5]}, 0.375),  # 0.3 of 0.8
+    "heldout": ({"heldout_drop": [5.0, None, None, None, 4.0], "heldout_best_step": 2.0}, 4.0),
     "zero_variance": ({"zero_variance": [1.0, 1.0, 1.0, 0.9, 1.0]}, 0.98),
     "reward_spread": ({"reward_spread": 0.0}, 0.0),
     "similarity": ({"similarity": 0.99}, 0.99),
@@ -95,14 +95,15 @@ def test_nothing_is_said_before_a_whole_window():
 
 
 def test_a_history_survives_as_json():
-    series = {"kl": [0.1 + 0.2, 1 / 3, 0.4, 1e-17, 2.0], "heldout": [0.8, None, None, None, 0.5]}
+    series = {"kl": [0.1 + 0.2, 1 / 3, 0.4, 1e-17, 2.0], "heldout_drop": [1 / 3, None, None, None, -0.5]}
+    series["heldout_best_step"] = 2.0
     before, after = history(**series), History(5)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after == before
-    for score in (-0.5, 0.0, -0.25):
-        after.best_heldout = None if score == -0.5 else after.best_heldout
-        after.add(Signals(11, heldout=score))
-    assert (after.best_heldout, after.last_heldout) == (0.0, -0.25)
+    assert (after.heldout_drops, after.heldout_best_step) == ([1 / 3, -0.5], 2)
+    after.add(Signals(11, heldout_drop=0.0, heldout_best_step=8.0))
+    after.add(Signals(12))
+    assert (after.heldout_drops, after.heldout_best_step) == ([-0.5, 0.0], 8)
     smaller = History(3)
     smaller.load_state_dict(before.state_dict())
     assert [signals.step for signals in smaller.recent] == [8, 9, 10]

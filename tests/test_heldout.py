@@ -160,7 +160,7 @@ def test_a_resumed_run_scores_what_is_not_scored(straight, prompts, tmp_path, mo
     assert [row for row in numbers(run) if "loss" in row] == [row for row in numbers(straight) if "loss" in row]
     # The guard knows the score of step 2, which came after checkpoint-2.
     states = [json.loads((f / "checkpoint-3" / "guard_state.json").read_text()) for f in (run, straight)]
-    assert states[0] == states[1] and states[0]["history"]["last_heldout"] == read_records(straight)[1].score
+    assert states[0] == states[1] and states[0]["history"]["heldout_drops"] == [read_records(straight)[1].drop]
 
 
 def test_adapters_and_averages_are_kept_as_they_were_scored(prompts, tmp_path, monkeypatch):
@@ -368,7 +368,8 @@ def callback_without_training(tmp_path, outcomes, monkeypatch):
     args = SimpleNamespace(output_dir=str(tmp_path), rewards=None)
     trainer = SimpleNamespace(accelerator=accelerator, args=args, averaged=lambda: untouched_random_state())
     trainer.run_folder = SimpleNamespace(is_resumed=False)
-    logged = []
+    trainer.guard = SimpleNamespace(rollback=None, see_end=lambda step, control: ends.append(step))
+    logged, ends = [], []
 
     def score(trainer, plan, folder, step):
         outcome = outcomes[step]
@@ -380,7 +381,7 @@ def callback_without_training(tmp_path, outcomes, monkeypatch):
     monkeypatch.setattr(heldout.Trainer, "log", lambda trainer, logs: logged.append(logs["heldout/score"]))
     callback = HeldoutEvaluation(trainer, plan(), steps=10)
     callback.on_train_begin(None, SimpleNamespace(global_step=0), None)
-    return callback, logged
+    return callback, logged, ends
 
 
 def at(callback, step, max_steps=100, stopping=False, hook="on_step_begin"):
@@ -390,21 +391,24 @@ def at(callback, step, max_steps=100, stopping=False, hook="on_step_begin"):
 
 def test_the_first_failure_ends_the_run_and_a_later_one_leaves_a_gap(tmp_path, monkeypatch, caplog):
     broken = ValueError("the reward server is gone")
-    callback, logged = callback_without_training(tmp_path, {0: 0.1, 10: broken, 20: 0.3}, monkeypatch)
+    callback, logged, _ = callback_without_training(tmp_path, {0: 0.1, 10: broken, 20: 0.3}, monkeypatch)
     for step in range(25):
         at(callback, step)
     assert logged == [0.1, 0.3] and [known.step for known in read_records(tmp_path)] == [0, 20]
     assert "the held-out evaluation of step 10 failed and is left out: the reward server is gone" in caplog.text
-    callback, _ = callback_without_training(tmp_path, {0: broken}, monkeypatch)
+    callback, _, _ = callback_without_training(tmp_path, {0: broken}, monkeypatch)
     with pytest.raises(ValueError, match="the reward server is gone"):
         at(callback, 0)
 
 
 def test_the_end_is_scored_once_and_an_interruption_not_at_all(tmp_path, monkeypatch):
     scores = {step: step / 100 for step in range(101)}
-    callback, logged = callback_without_training(tmp_path, scores, monkeypatch)
+    callback, logged, ends = callback_without_training(tmp_path, scores, monkeypatch)
     at(callback, 33, hook="on_epoch_end")  # an epoch ends, the run does not
-    assert logged == []
+    callback.trainer.guard.rollback = "the guard's"
+    at(callback, 100, hook="on_epoch_end")  # these steps are taken again
+    callback.trainer.guard.rollback = None
+    assert logged == [] == ends
     for hook in ("on_epoch_end", "on_train_end"):
         at(callback, 100, hook=hook)
     assert logged == [1.0]
@@ -413,7 +417,7 @@ def test_the_end_is_scored_once_and_an_interruption_not_at_all(tmp_path, monkeyp
     assert logged == [1.0]
     callback.stop = SimpleNamespace(stopped_at=None)  # by a callback, e.g. a deadline
     at(callback, 34, stopping=True, hook="on_epoch_end")
-    assert logged == [1.0, 0.34]
+    assert logged == [1.0, 0.34] and ends == [100, 100]
 
 
 def test_random_states_come_back():

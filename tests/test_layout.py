@@ -22,7 +22,7 @@ LAYERS = [
     ["sampling", "rollout", "generation", "merge"],
     ["guard_signals", "guard_rules", "guard_options", "micro_batches", "config_parsing"],
     ["config", "heldout_plan", "heldout_record", "preflight", "graceful_stop", "resuming", "resumable"],
-    ["guard_record", "guard", "guarded"],
+    ["guard_record", "guard_finite", "guard", "guarded"],
     ["planning"],
     ["gathering", "trl_seams", "micro_batched", "trainer", "heldout", "training", "demo"],
     ["launch", "supervise"],

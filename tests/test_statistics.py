@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jaxtyping
 import numpy as np
 import pytest
@@ -92,6 +94,8 @@ def test_paired_difference_by_hand_and_its_sign() -> None:
     down = statistics.paired_difference(after, before)
     assert (down.value, down.low, down.high) == (-up.value, -up.high, -up.low)
     assert down.p_value == up.p_value
+    # Five ones of eight, drawn eight times with replacement.
+    assert up.standard_error == down.standard_error == pytest.approx(np.sqrt(5 / 8 * 3 / 8 / 8), rel=0.03)
 
 
 def test_no_difference_is_not_significant() -> None:
@@ -154,7 +158,7 @@ def test_wrong_inputs() -> None:
 
 def test_a_difference_without_a_scored_pair_has_no_p_value():
     nothing = statistics.paired_difference(np.array([np.nan, np.nan]), np.array([1.0, 0.0]))
-    assert all(np.isnan(x) for x in (nothing.value, nothing.low, nothing.high, nothing.p_value))
+    assert np.isnan(dataclasses.astuple(nothing)).all()
 
 
 def test_resamples_without_a_scored_pair_do_not_count_as_evidence():

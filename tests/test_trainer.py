@@ -199,6 +199,15 @@ def test_every_preset_trains(checkpoint, tmp_path, preset):
         assert moved == parameter.requires_grad, name
 
 
+def test_a_cispo_that_weakens_every_token_is_told_of(tmp_path, caplog):
+    for values, told in (({}, True), ({"epsilon_high": 5.0}, False), ({"epsilon": 1.5}, False)):
+        caplog.clear()
+        config(tmp_path, loss_type="cispo", **values)
+        assert ("at most by epsilon_high=0.2" in caplog.text) == told
+    config(tmp_path, loss_type="grpo")
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES[1:])
 def test_every_loss_type_trains_with_stage(checkpoint, tmp_path, loss_type):
     extra = {"reweight_advantages": False} if loss_type == "vespo" else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -22,6 +23,8 @@ from stage_grpo.policy.base import PROMPT_TEMPLATES
 from stage_grpo.presets import CHOICES, NOT_NEGATIVE, PRESETS, UNSUPPORTED
 from stage_grpo.sampling import Sampling
 from stage_grpo.weighting import options as weighting
+
+logger = logging.getLogger(__name__)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -194,6 +197,13 @@ class StageConfig(guard_options.GuardOptions, weighting.WeightingOptions, GRPOCo
                     f"{name}={getattr(self, name)} needs the reference policy's entropy, but beta=0 loads no "
                     f"reference; set beta above 0 or {name}=0"
                 )
+        largest = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.loss_type == "cispo" and largest < 1:
+            logger.warning(
+                "loss_type=cispo multiplies every token's gradient by its ratio, but at most by epsilon_high=%g: that "
+                "weakens the whole policy gradient; set epsilon_high, e.g. to 5.0 (ScaleRL, arXiv:2510.13786)",
+                largest,
+            )
         if self.kl_weight_clip is None or len(self.kl_weight_clip) != 2:
             raise ValueError(f"kl_weight_clip={self.kl_weight_clip} must be two numbers, lower and upper")
         if self.kl_weight_clip[0] > self.kl_weight_clip[1]:

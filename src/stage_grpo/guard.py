@@ -12,15 +12,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback
 
 from stage_grpo.graceful_stop import GracefulStop
-from stage_grpo.guard_record import GuardRecord, append_guard, keep_guard, newest_whole_until
-from stage_grpo.guard_rules import Alarm, GuardThresholds, adapted_beta, check, kl_slope
-from stage_grpo.guard_signals import METRICS, FreshMetrics, History, Signals, signals_of
+from stage_grpo.guard_finite import FiniteCheck
+from stage_grpo.guard_record import GuardRecord, append_guard, keep_guard, newest_whole_until, way_back
+from stage_grpo.guard_rules import HELDOUT_END, HELDOUT_RULES, Alarm, GuardThresholds, adapted_beta, check, kl_slope
+from stage_grpo.guard_signals import HELDOUT, METRICS, FreshMetrics, History, Signals, signals_of
 
 if TYPE_CHECKING:
     from stage_grpo.guarded import GuardedTrainer
@@ -69,8 +69,7 @@ class Guard(TrainerCallback):
         self._beta_used = self.args.beta
         self._fresh = FreshMetrics(self.trainer._metrics["train"])
         self._heldout: dict[str, Any] = {}
-        self._loss: Tensor | None = None
-        self._grad_norm: float | None = None
+        self._finite = FiniteCheck(self.trainer.accelerator)
 
     @property
     def is_on(self) -> bool:
@@ -82,24 +81,22 @@ class Guard(TrainerCallback):
     def see_loss(self, loss: Tensor) -> None:
         """Take in the loss of one micro-batch on this process, without waiting for it."""
         if self.is_on:
-            self._loss = loss if self._loss is None else self._loss + loss
+            self._finite.add_loss(loss)
 
     def see_gradient(self, norm: Any) -> None:
         """Take in the gradient norm of a step, the same in all processes."""
         if self.is_on:
-            self._grad_norm = norm.item() if isinstance(norm, Tensor) else norm
+            self._finite.set_gradient(norm)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Take in a held-out score; the rules see it with the next step."""
-        self._heldout |= {name: value for name, value in (logs or {}).items() if name == METRICS["heldout"]}
+        """Take in a held-out test; the rules see it with the next step, or at the end."""
+        self._heldout |= {name: value for name, value in (logs or {}).items() if name in HELDOUT}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep a step without a finite loss and gradient out of weights and optimizer state."""
-        loss = None if self._loss is None else self._loss.item()
-        self._loss = None
         if not self.is_on:
             return
-        if not self._any_process(self._is_broken(loss)):
+        if not self._finite.close():
             self.skipped_in_a_row = 0
             return
         self.skipped_steps += 1
@@ -109,21 +106,9 @@ class Guard(TrainerCallback):
         if self.trainer.accelerator.scaler is None:
             self.trainer.optimizer.zero_grad(set_to_none=True)
         limit = self.args.guard_max_skipped
-        message = f"loss {loss}, gradient norm {self._grad_norm}: skipped, {self.skipped_in_a_row} of {limit} in a row"
+        seen = f"loss {self._finite.loss}, gradient norm {self._finite.grad_norm}"
+        message = f"{seen}: skipped, {self.skipped_in_a_row} of {limit} in a row"
         self._tell(state.global_step + 1, Alarm(NOT_FINITE, math.nan, limit, True, message), "skip")
-
-    def _is_broken(self, loss: float | None) -> bool:
-        # Infinite gradients are how a loss scaler finds its scale; it skips these steps itself.
-        values = [loss] if self.trainer.accelerator.scaler is not None else [loss, self._grad_norm]
-        return not all(value is None or math.isfinite(value) for value in values)
-
-    def _any_process(self, flag: bool) -> bool:
-        """Whether it is so in any process: a loss may be broken in one of them alone."""
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return flag
-        flags: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
-        return flags.item() > 0
 
     def metrics(self) -> dict[str, float]:
         """What is logged beside the signals."""
@@ -154,8 +139,7 @@ class Guard(TrainerCallback):
             self._forget()
         self.stopped_by, self.rollback = None, None
         if state.is_world_process_zero:
-            step, rollbacks = state.global_step, self.rollbacks
-            keep_guard(self.run, lambda record: not is_new and (record.step <= step or record.rollbacks < rollbacks))
+            keep_guard(self.run, None if is_new else state.global_step, self.rollbacks)
         if is_new and self.args.guard == "rollback":
             # A run may fall apart before its first checkpoint: the way back to its beginning is always there.
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
@@ -183,7 +167,7 @@ class Guard(TrainerCallback):
 
     def _signals(self, step: int) -> Signals:
         metrics = {name: self._fresh.mean(name) for name in METRICS.values()}
-        signals = signals_of(step, {**metrics, **self._heldout, "grad_norm": self._grad_norm})
+        signals = signals_of(step, {**metrics, **self._heldout, "grad_norm": self._finite.grad_norm})
         self._heldout = {}
         self.history.add(signals)
         return signals
@@ -210,27 +194,24 @@ class Guard(TrainerCallback):
         if self._gives_up:
             message = f"{self.skipped_in_a_row} steps in a row had no finite loss and gradient, and were skipped"
             causes.insert(0, Alarm(NOT_FINITE, math.nan, self.args.guard_max_skipped, True, message))
-        action, checkpoint, note = self._decide(step) if causes else (None, None, "")
+        action, checkpoint, note = self._decide(step, causes[0].rule) if causes else (None, None, "")
         for alarm in begun:
             if action is None or alarm is not causes[0]:
                 self._tell(step, alarm, "warn")
         return None if action is None else self._tell(step, causes[0], action, checkpoint, note)
 
-    def _decide(self, step: int) -> tuple[str | None, Path | None, str]:
+    def _decide(self, step: int, rule: str) -> tuple[str | None, Path | None, str]:
         """What to do, the checkpoint to name, and what to add to the message."""
-        args, note = self.args, ""
-        if args.guard == "rollback" and self.rollbacks >= args.guard_max_rollbacks:
-            note = f"; all {self.rollbacks} rollbacks are used up"
-        elif args.guard == "rollback":
+        note, best = "", self.history.heldout_best_step
+        if self.args.guard == "rollback":
             # Within the first window there is the beginning to go back to.
-            checkpoint = newest_whole_until(self.run, max(0, step - args.guard_window))
+            until = best if rule in HELDOUT_RULES and best is not None else max(0, step - self.args.guard_window)
+            checkpoint, note = way_back(self.args, until, self.rollbacks)
             if checkpoint is not None:
-                factor = args.guard_lr_factor if args.guard_remedy == "learning_rate" else args.guard_beta_factor
-                return "rollback", checkpoint, f"; back to {checkpoint.name} with {args.guard_remedy} x {factor:g}"
-            note = f"; no whole checkpoint is older than the last {args.guard_window} steps"
+                return "rollback", checkpoint, note
         if self._gives_up:
             return "fail", newest_whole_until(self.run, step), note
-        return (None if args.guard == "warn" else "stop"), None, note
+        return (None if self.args.guard == "warn" or rule == HELDOUT_END.name else "stop"), None, note
 
     def _tell(
         self, step: int, alarm: Alarm, action: str, checkpoint: Path | None = None, note: str = ""
@@ -274,6 +255,23 @@ class Guard(TrainerCallback):
             self.rollback = record
         if self.stop is not None:
             self.stop.stopped_at = record.step
+
+    def see_end(self, step: int, control: Any) -> None:
+        """Judge the held-out test of the last step: it may take the run back, and there is nothing left to stop."""
+        if not self.is_on or not self._heldout:
+            return
+        self.history.add_test(signals_of(step, self._heldout))
+        self._heldout = {}
+        outcome: list[Any] = [None]
+        alarm = HELDOUT_END.check(self.history, self.thresholds)
+        if alarm is not None and self.trainer.accelerator.is_main_process:
+            action, checkpoint, note = self._decide(step, alarm.rule)
+            record = self._tell(step, alarm, action or "warn", checkpoint, note)
+            outcome = [None if action is None else record]
+        if self.args.guard == "rollback":
+            broadcast_object_list(outcome)
+        if outcome[0] is not None:
+            self._act(outcome[0], control)
 
     # ---- keeping it -------------------------------------------------------------------------------------------
 

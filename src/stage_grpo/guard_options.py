@@ -30,7 +30,7 @@ class GuardOptions:
     guard_max_entropy_ratio: float = _option(GuardThresholds.max_entropy_ratio, "Largest policy / reference entropy.")
     guard_max_grad_growth: float = _option(GuardThresholds.max_grad_growth, "Limit of gradient norm / at the start.")
     guard_min_unique_images: float = _option(GuardThresholds.min_unique_images, "Least share of unique images.")
-    guard_max_heldout_drop: float = _option(GuardThresholds.max_heldout_drop, "Largest loss of held-out score, share.")
+    guard_max_heldout_drop: float = _option(GuardThresholds.max_heldout_drop, "Standard errors to lose on held-out.")
     guard_max_zero_variance: float = _option(GuardThresholds.max_zero_variance, "Largest share of tied groups.")
     guard_min_reward_spread: float = _option(GuardThresholds.min_reward_spread, "Least spread of rewards.")
     guard_max_similarity: float = _option(GuardThresholds.max_similarity, "Largest mean similarity.")

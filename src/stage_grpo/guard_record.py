@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from stage_grpo.guard_rules import HELDOUT_END
 from stage_grpo.run_checkpoints import defect
 from stage_grpo.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from stage_grpo.config import StageConfig
 
 RECORDS, ROLLED_BACK = "guard.jsonl", "rolled_back"
 """Names in a run folder."""
@@ -70,11 +73,22 @@ def append_guard(run: str | Path, record: GuardRecord) -> None:
         file.write(json.dumps(asdict(record)) + "\n")
 
 
-def keep_guard(run: str | Path, wanted: Callable[[GuardRecord], bool]) -> None:
-    """Leave out the lines that are not of the run as it goes on now."""
+def keep_guard(run: str | Path, step: int | None, rollbacks: int) -> None:
+    """Leave out the lines that are not of the run as it goes on now, and what was said of its end: it is said again.
+
+    Args:
+        run: Output folder of the run.
+        step: Optimizer steps that it goes on from; None if it begins anew.
+        rollbacks: Rollbacks that it knows of; lines from before the last of them stay.
+    """
+
+    def stays(record: GuardRecord) -> bool:
+        is_earlier = step is not None and record.step <= step and record.rule != HELDOUT_END.name
+        return is_earlier or record.rollbacks < rollbacks
+
     path = Path(run) / RECORDS
     if path.is_file():
-        kept = [json.dumps(asdict(record)) + "\n" for record in read_guard(run) if wanted(record)]
+        kept = [json.dumps(asdict(record)) + "\n" for record in read_guard(run) if stays(record)]
         write_atomically(path, "".join(kept))
 
 
@@ -100,6 +114,26 @@ def newest_whole_until(run: str | Path, step: int) -> Path | None:
     """
     by_step = sorted(((number, path) for number, path in _checkpoints(run) if number <= step), reverse=True)
     return next((path for _, path in by_step if defect(path) is None), None)
+
+
+def way_back(args: StageConfig, until: int, rollbacks: int) -> tuple[Path | None, str]:
+    """Where a rollback goes to.
+
+    Args:
+        args: The configuration.
+        until: The last step before the trouble.
+        rollbacks: Rollbacks of the run so far.
+
+    Returns:
+        The newest whole checkpoint of that step or an earlier one, or None; and what the guard says of it.
+    """
+    if rollbacks >= args.guard_max_rollbacks:
+        return None, f"; all {rollbacks} rollbacks are used up"
+    checkpoint = newest_whole_until(str(args.output_dir), until)
+    if checkpoint is None:
+        return None, f"; no whole checkpoint is of step {until} or older"
+    factor = args.guard_lr_factor if args.guard_remedy == "learning_rate" else args.guard_beta_factor
+    return checkpoint, f"; back to {checkpoint.name} with {args.guard_remedy} x {factor:g}"
 
 
 def set_aside(run: str | Path, step: int, number: int, clear: bool) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean, median
 from typing import Any
 
-from stage_grpo.guard_signals import History, signals_of
+from stage_grpo.guard_signals import HELDOUT, History, signals_of
 from stage_grpo.run_record import ABANDONED
 
 K_BETA, MAX_ERROR = 0.1, 0.2
@@ -33,7 +33,7 @@ class GuardThresholds:
         max_entropy_ratio: The same, from above.
         max_grad_growth: Gradient norm as a multiple of that at the start of the run.
         min_unique_images: Different images of a group / G.
-        max_heldout_drop: Loss of held-out score since the best one, as a share of that one.
+        max_heldout_drop: Standard errors by which the held-out score may be below the best one.
         max_zero_variance: Share of samples whose group ties.
         min_reward_spread: Standard deviation of the rewards.
         max_similarity: Mean similarity to images of opposite advantage.
@@ -45,7 +45,7 @@ class GuardThresholds:
     max_entropy_ratio: float = 1.3
     max_grad_growth: float = 100.0
     min_unique_images: float = 0.5
-    max_heldout_drop: float = 0.25
+    max_heldout_drop: float = 3.0
     max_zero_variance: float = 0.95
     min_reward_spread: float = 1e-6
     max_similarity: float = 0.95
@@ -135,11 +135,14 @@ def grad_growth(history: History) -> float | None:
     return _over(_median(history.values("grad_norm")), history.at_start("grad_norm"))
 
 
-def heldout_drop(history: History) -> float | None:
-    """What the newest held-out score lost against the best, as a share of the size of the best."""
-    if history.best_heldout is None or history.last_heldout is None:
-        return None
-    return _over(history.best_heldout - history.last_heldout, abs(history.best_heldout))
+def lasting_drop(history: History) -> float | None:
+    """The smaller drop of the last two held-out tests: scores dip at the start of a run, and most recover."""
+    return min(history.heldout_drops) if len(history.heldout_drops) == 2 else None
+
+
+def last_drop(history: History) -> float | None:
+    """The drop of the newest held-out test."""
+    return history.heldout_drops[-1] if history.heldout_drops else None
 
 
 RULES = (
@@ -150,7 +153,7 @@ RULES = (
     Rule("grad_norm", "max_grad_growth", grad_growth, True, "the steps no longer fit the loss"),
     Rule("unique_images", "min_unique_images", lambda h: _median(h.values("unique_images")), True,
          "a prompt gives the same image again and again"),
-    Rule("heldout", "max_heldout_drop", heldout_drop, True, "what is not trained on gets worse"),
+    Rule("heldout", "max_heldout_drop", lasting_drop, True, "what is not trained on gets worse"),
     Rule("zero_variance", "max_zero_variance", lambda h: _mean(h.values("zero_variance")), False,
          "nearly all groups tie, so next to nothing is learned: other prompts or a finer reward"),
     Rule("reward_spread", "min_reward_spread", lambda h: _median(h.values("reward_spread")), False,
@@ -158,7 +161,10 @@ RULES = (
     Rule("similarity", "max_similarity", lambda h: _median(h.values("similarity")), False,
          "images of opposite advantage look the same, so their gradients cancel"),
 )  # fmt: skip
-"""All rules. The last three say that little is learned, not that something is lost: they are told alone."""
+"""The rules of a step. The last three say that little is learned, not that something is lost: they are told alone."""
+HELDOUT_END = Rule("heldout_end", "max_heldout_drop", last_drop, True, "the run ends worse than it was")
+"""The rule of the end, where no further test will tell a dip from a loss."""
+HELDOUT_RULES = frozenset({"heldout", HELDOUT_END.name})
 PASSIVE_RULES = frozenset(rule.name for rule in RULES if not rule.acts)
 
 
@@ -177,8 +183,8 @@ def replay(rows: Iterable[Mapping[str, Any]], thresholds: GuardThresholds, windo
     """Say what the rules would have told of a run, each once an episode.
 
     Args:
-        rows: Rows of ``metrics.jsonl`` in order; a row without a loss adds to the next one that has one, and one that
-            a rollback took back counts nothing.
+        rows: Rows of ``metrics.jsonl`` in order; a row without a loss adds to the next one that has one, one that a
+            rollback took back counts nothing, and a held-out test that no step follows is the end's.
         thresholds: Where the rules draw the line.
         window: Steps that they look at.
 
@@ -187,17 +193,21 @@ def replay(rows: Iterable[Mapping[str, Any]], thresholds: GuardThresholds, windo
     """
     history, told, found = History(window), set(), []
     heldout: dict[str, Any] = {}
+    step = 0
     for row in rows:
         if ABANDONED in row:
             continue
-        heldout |= {"heldout/score": row["heldout/score"]} if "heldout/score" in row else {}
+        step = row["step"]
+        heldout |= {name: row[name] for name in HELDOUT & row.keys()}
         if "loss" not in row:
             continue
         history.add(signals_of(row["step"], {**row, **heldout}))
         heldout, alarms = {}, check(history, thresholds)
         found += [(row["step"], alarm) for alarm in alarms if alarm.rule not in told]
         told = {alarm.rule for alarm in alarms}
-    return found
+    history.add_test(signals_of(step, heldout))
+    ended = HELDOUT_END.check(history, thresholds) if heldout else None
+    return found if ended is None else [*found, (step, ended)]
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:

@@ -22,7 +22,8 @@ class Signals(NamedTuple):
         grad_norm: Gradient norm before clipping.
         unique_images: Different images of a group / G, (0, 1].
         similarity: Mean similarity to images of opposite advantage, [-1, 1].
-        heldout: Held-out score, if one was taken since the step before; its benchmark's unit.
+        heldout_drop: Standard errors by which the held-out score of a test since the step before is below the best.
+        heldout_best_step: Step of that best score.
     """
 
     step: int
@@ -34,7 +35,8 @@ class Signals(NamedTuple):
     grad_norm: float | None = None
     unique_images: float | None = None
     similarity: float | None = None
-    heldout: float | None = None
+    heldout_drop: float | None = None
+    heldout_best_step: float | None = None
 
 
 METRICS = {
@@ -46,9 +48,12 @@ METRICS = {
     "grad_norm": "grad_norm",
     "unique_images": "unique_images",
     "similarity": "similarity/mean",
-    "heldout": "heldout/score",
+    "heldout_drop": "heldout/drop",
+    "heldout_best_step": "heldout/best_step",
 }
 """The logged metric behind each signal."""
+HELDOUT = frozenset(metric for name, metric in METRICS.items() if name.startswith("heldout_"))
+"""Those that come with a held-out test, between two steps."""
 
 
 def signals_of(step: int, metrics: Mapping[str, Any]) -> Signals:
@@ -70,25 +75,28 @@ class History:
         window: Steps of each.
         start: Signals of the first steps, which rules compare with.
         recent: Signals of the last steps, oldest first.
-        best_heldout: Best held-out score so far.
-        last_heldout: The newest.
+        heldout_drops: Those of the last two held-out tests that have one, the older first.
+        heldout_best_step: Step of the best score before the newest test.
     """
 
     window: int
     start: list[Signals] = field(default_factory=list)
     recent: list[Signals] = field(default_factory=list)
-    best_heldout: float | None = None
-    last_heldout: float | None = None
+    heldout_drops: list[float] = field(default_factory=list)
+    heldout_best_step: int | None = None
 
     def add(self, signals: Signals) -> None:
         """Take in one step."""
         if len(self.start) < self.window:
             self.start.append(signals)
         self.recent = [*self.recent, signals][-self.window :]
-        if signals.heldout is not None:
-            self.last_heldout = signals.heldout
-            best = self.best_heldout
-            self.best_heldout = signals.heldout if best is None else max(signals.heldout, best)
+        self.add_test(signals)
+
+    def add_test(self, signals: Signals) -> None:
+        """Take in a held-out test alone, if there was one."""
+        if signals.heldout_drop is not None and signals.heldout_best_step is not None:
+            self.heldout_drops = [*self.heldout_drops, signals.heldout_drop][-2:]
+            self.heldout_best_step = int(signals.heldout_best_step)
 
     def values(self, name: str) -> list[float]:
         """What a signal was in the last steps; empty before a whole window has gone by."""
@@ -102,13 +110,13 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """The state as plain JSON data, exact."""
         rows = {name: [list(signals) for signals in getattr(self, name)] for name in ("start", "recent")}
-        return {**rows, "best_heldout": self.best_heldout, "last_heldout": self.last_heldout}
+        return {**rows, "heldout_drops": self.heldout_drops, "heldout_best_step": self.heldout_best_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave; with another window, from the newest steps of it."""
         self.start = [Signals(*row) for row in state["start"]][: self.window]
         self.recent = [Signals(*row) for row in state["recent"]][-self.window :]
-        self.best_heldout, self.last_heldout = state["best_heldout"], state["last_heldout"]
+        self.heldout_drops, self.heldout_best_step = list(state["heldout_drops"]), state["heldout_best_step"]
 
 
 def _measured(signals: Sequence[Signals], name: str) -> list[float]:

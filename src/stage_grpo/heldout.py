@@ -101,10 +101,14 @@ class HeldoutEvaluation(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score the end of the run, while its trackers still listen."""
+        if self.trainer.guard.rollback is not None:
+            return  # these steps are taken again
         interrupted = self.stop is not None and self.stop.stopped_at is not None
         ended = state.global_step >= state.max_steps or (control.should_training_stop and not interrupted)
         if ended:
             self._score_once(state.global_step)
+        if state.global_step >= state.max_steps:
+            self.trainer.guard.see_end(state.global_step, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score the end of a run that resumed after its last step, and so had no epoch."""
@@ -118,8 +122,7 @@ class HeldoutEvaluation(TrainerCallback):
         self._done.add(step)
         try:
             with self.trainer.averaged(), untouched_random_state():
-                record = score_policy(self.trainer, self.plan, self.folder.step_folder(step), step)
-                self._take(record)
+                record = self._take(score_policy(self.trainer, self.plan, self.folder.step_folder(step), step))
         except _FAILURES as error:
             if first:
                 raise
@@ -129,12 +132,14 @@ class HeldoutEvaluation(TrainerCallback):
         # Past TRL's own log(), which would mix in the metrics of the training step and empty them.
         Trainer.log(self.trainer, record.metrics())
 
-    def _take(self, record: HeldoutRecord) -> None:
+    def _take(self, record: HeldoutRecord) -> HeldoutRecord:
         """Keep the policy if it is the best, then the record: a kill in between costs a repetition."""
+        record = _in_main_process(self.trainer, lambda: self.folder.compared(record))
         better = _in_main_process(self.trainer, lambda: self.folder.is_best(record))
         if better and self.processor is not None:
             self._keep(record)
         _in_main_process(self.trainer, lambda: self.folder.add(record, self.keep_images))
+        return record
 
     def _keep(self, record: HeldoutRecord) -> None:
         partial = Path(str(self.trainer.args.output_dir)) / PARTIAL / BEST

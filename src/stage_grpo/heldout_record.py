@@ -7,11 +7,12 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stage_grpo.evaluation.scores import Scores
+from stage_grpo.evaluation.scores import Scores, compare
+from stage_grpo.evaluation.statistics import Difference
 from stage_grpo.heldout_plan import HeldoutPlan
 from stage_grpo.run_checkpoints import PARTIAL, SET_ASIDE, defect, publish, seal
 from stage_grpo.run_folder import BEST, RECORDS, STEPS, write_atomically
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 """Name of a step's images in its folder."""
+MAX_DROP = 1000.0
+"""Most standard errors that are told of."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class HeldoutRecord:
         num_unscored: Images that the measure has no score for.
         seconds: Wall time of generating and scoring.
         plan: Fingerprint of the plan; records with another one do not compare.
+        best_step: Step of the best score before this one, of equal ones the first; None for the first test.
+        drop: How far this score is below that one, in standard errors of the paired difference (same prompts, same
+            random numbers); negative if it is above. None where it is not known.
     """
 
     step: int
@@ -51,6 +57,8 @@ class HeldoutRecord:
     num_unscored: int
     seconds: float
     plan: str
+    best_step: int | None = None
+    drop: float | None = None
 
     @classmethod
     def of(cls, scores: Scores, plan: HeldoutPlan, step: int, seconds: float) -> HeldoutRecord:
@@ -81,6 +89,7 @@ class HeldoutRecord:
         """What is logged: numbers by name."""
         named: dict[str, Any] = {"heldout/score": self.score, "heldout/seconds": self.seconds}
         named |= {"heldout/unscored": self.num_unscored}
+        named |= {"heldout/best_step": self.best_step, "heldout/drop": self.drop}
         named |= {f"heldout/{m}/{line}": value for m, table in self.scores.items() for line, value in table.items()}
         named |= {f"heldout/diversity/{name}": value for name, value in self.diversity.items()}
         return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}
@@ -190,6 +199,19 @@ class HeldoutFolder:
             partial.parent.rmdir()
         self.best = record
 
+    def compared(self, record: HeldoutRecord) -> HeldoutRecord:
+        """Say how far a score is below the best one before it, from the records of the images of both."""
+        before = max((r for r in self.records if r.step < record.step), key=lambda r: r.score, default=None)
+        if before is None:
+            return record
+        try:
+            best, last = (Scores.load(self.step_folder(step) / "scores.json") for step in (before.step, record.step))
+            difference = compare(best, last, record.measure)[record.line]
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("the tests of steps %d and %d do not compare: %s", before.step, record.step, error)
+            return replace(record, best_step=before.step)
+        return replace(record, best_step=before.step, drop=_in_standard_errors(-difference.value, difference))
+
     def add(self, record: HeldoutRecord, keep_images: bool) -> None:
         """Add a score to ``heldout.jsonl``, and remove the images of all but the first, the best and this step.
 
@@ -206,6 +228,14 @@ class HeldoutFolder:
     def _write(self) -> None:
         lines = [json.dumps(asdict(record)) + "\n" for record in self.records]
         write_atomically(self.run / RECORDS, "".join(lines))
+
+
+def _in_standard_errors(value: float, difference: Difference) -> float | None:
+    """Where all images changed alike there is no spread to compare with: then a change is as large as can be said."""
+    if math.isnan(value):
+        return None
+    error = max(difference.standard_error, abs(value) / MAX_DROP)
+    return value / error if error > 0 else 0.0
 
 
 def _remove_images(folders: Iterable[Path]) -> None:

@@ -35,9 +35,11 @@ class Difference(Estimate):
     Attributes:
         p_value: Two-sided bootstrap p-value of "no difference": twice the share of resamples on the far side of
             0, at least 2 / (resamples + 1).
+        standard_error: Standard deviation of the resamples.
     """
 
     p_value: float
+    standard_error: float
 
 
 def stratified_mean(values: Float[np.ndarray, " N"], strata: Sequence[Hashable] | None = None) -> float:
@@ -177,11 +179,12 @@ def unpaired_difference(
 def _difference(value: float, replicates: Float[np.ndarray, " R"], confidence: float) -> Difference:
     """A difference with what its resamples say; resamples without a scored image say nothing."""
     if np.isnan(value):
-        return Difference(value, value, value, value)
+        return Difference(value, value, value, value, value)
     low, high = _interval(replicates, confidence)
     known = replicates[~np.isnan(replicates)]
     tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
-    return Difference(value, low, high, min(1.0, 2.0 * (tail + 1) / (len(known) + 1)))
+    p_value = min(1.0, 2.0 * (tail + 1) / (len(known) + 1))
+    return Difference(value, low, high, p_value, float(known.std(ddof=1)))
 
 
 def _replicates(
