@@ -157,7 +157,6 @@ def losing(tmp_path, monkeypatch):
             "heldout_benchmark": "shapes",
             "heldout_prompts": str(prompts),
             "heldout_steps": 1,
-            "keep_best": False,
         }
         folder = tmp_path / "run"
         result = train(StageConfig(str(folder), **{**values, **changes}))
@@ -197,5 +196,5 @@ def test_what_cannot_go_back_is_told_once_and_stays_whole(losing, changes, note)
         result, (record,), rows = losing({4: 5.0}, **{"guard": "rollback", **changes})
         assert (record.step, record.rule, record.action) == (4, "heldout_end", "warn")
         assert record.message.startswith("heldout_end 5 is above guard_max_heldout_drop=3: the run ends worse")
-        assert note in record.message
+        assert note in record.message and record.message.endswith("/best holds the best policy")
         assert (result.stopped_by, result.step, len(rows)) == (None, 4, 4)

@@ -21,6 +21,7 @@ from stage_grpo.guard_finite import FiniteCheck
 from stage_grpo.guard_record import GuardRecord, append_guard, keep_guard, newest_whole_until, way_back
 from stage_grpo.guard_rules import HELDOUT_END, HELDOUT_RULES, Alarm, GuardThresholds, adapted_beta, check, kl_slope
 from stage_grpo.guard_signals import HELDOUT, METRICS, FreshMetrics, History, Signals, signals_of
+from stage_grpo.run_folder import BEST
 
 if TYPE_CHECKING:
     from stage_grpo.guarded import GuardedTrainer
@@ -266,6 +267,8 @@ class Guard(TrainerCallback):
         alarm = HELDOUT_END.check(self.history, self.thresholds)
         if alarm is not None and self.trainer.accelerator.is_main_process:
             action, checkpoint, note = self._decide(step, alarm.rule)
+            if action is None and (self.run / BEST).is_dir():
+                note += f"; {self.run / BEST} holds the best policy"
             record = self._tell(step, alarm, action or "warn", checkpoint, note)
             outcome = [None if action is None else record]
         if self.args.guard == "rollback":
