@@ -198,3 +198,12 @@ def test_what_cannot_go_back_is_told_once_and_stays_whole(losing, changes, note)
         assert record.message.startswith("heldout_end 5 is above guard_max_heldout_drop=3: the run ends worse")
         assert note in record.message and record.message.endswith("/best holds the best policy")
         assert (result.stopped_by, result.step, len(rows)) == (None, 4, 4)
+
+
+def test_a_run_that_resumes_at_its_end_may_still_go_back(losing):
+    """As one that is killed between its last test and the way back."""
+    losing({4: 5.0}, guard="warn")
+    result, (record,), rows = losing({4: 5.0}, guard="rollback")
+    assert (record.action, record.checkpoint, record.rollbacks) == ("rollback", "checkpoint-1", 0)
+    assert [row["learning_rate"] for row in rows] == [1e-4, 5e-5, 5e-5, 5e-5]
+    assert (result.stopped_by, result.step) == (None, 4)
