@@ -12,7 +12,7 @@ import yaml
 from stage_grpo.cli import main
 from stage_grpo.config import parse_config
 from stage_grpo.guard import Guard
-from stage_grpo.guard_record import read_guard, rollback_to
+from stage_grpo.guard_record import GuardRecord, append_guard, before_trouble, read_guard, rollback_to
 from stage_grpo.guard_rules import RULES, GuardThresholds, adapted_beta, check, replay
 from stage_grpo.guard_signals import FreshMetrics, History, Signals
 from stage_grpo.run_checkpoints import defect, seal
@@ -459,6 +459,22 @@ def test_a_diverging_run_goes_back_with_a_larger_beta(diverging):
     again, before = (next(row for row in part if row["step"] == gone[0]["step"] + 1) for part in (kept, gone))
     assert again["learning_rate"] == before["learning_rate"]
     assert (again["beta"], "beta" in before) == (pytest.approx(0.03, rel=1e-12), False)
+
+
+def test_trouble_that_comes_back_at_once_began_before_the_checkpoint(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), guard_window=10)
+    assert [before_trouble(args, step) for step in (50, 10, 3)] == [40, 0, 0]
+
+    def told(step, action, checkpoint):
+        append_guard(tmp_path, GuardRecord(step, "kl", action, 2.0, 1.0, "m", checkpoint=checkpoint))
+
+    told(50, "rollback", "checkpoint-40")
+    told(45, "warn", None)
+    assert [before_trouble(args, step) for step in (42, 59, 60, 90)] == [30, 30, 50, 80]
+    told(42, "rollback", "checkpoint-30")
+    assert [before_trouble(args, step) for step in (38, 49, 50)] == [20, 20, 40]
+    told(38, "rollback", "checkpoint-0")
+    assert [before_trouble(args, step) for step in (10, 19, 25)] == [0, 0, 15]
 
 
 def test_a_kill_after_a_rollback_keeps_what_was_decided(checkpoint, tmp_path):

@@ -205,9 +205,7 @@ class Guard(TrainerCallback):
         """What to do, the checkpoint to name, and what to add to the message."""
         note, best = "", self.history.heldout_best_step
         if self.args.guard == "rollback":
-            # Within the first window there is the beginning to go back to.
-            until = best if rule in HELDOUT_RULES and best is not None else max(0, step - self.args.guard_window)
-            checkpoint, note = way_back(self.args, until, self.rollbacks)
+            checkpoint, note = way_back(self.args, step, best if rule in HELDOUT_RULES else None, self.rollbacks)
             if checkpoint is not None:
                 return "rollback", checkpoint, note
         if self._gives_up:

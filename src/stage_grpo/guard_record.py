@@ -116,19 +116,35 @@ def newest_whole_until(run: str | Path, step: int) -> Path | None:
     return next((path for _, path in by_step if defect(path) is None), None)
 
 
-def way_back(args: StageConfig, until: int, rollbacks: int) -> tuple[Path | None, str]:
+def before_trouble(args: StageConfig, step: int) -> int:
+    """The last step before what the rules see at a step: a window earlier, or the beginning.
+
+    Trouble that comes back within a window of where the last rollback went to began before that: then it is a window
+    earlier still, so that a run does not go back to the same ill checkpoint until its rollbacks are used up.
+    """
+    until = step - args.guard_window
+    went_to = [record.checkpoint for record in read_guard(str(args.output_dir)) if record.action == "rollback"]
+    if went_to and went_to[-1] is not None:
+        last = int(went_to[-1].removeprefix("checkpoint-"))
+        until = last - args.guard_window if until - last < args.guard_window else until
+    return max(0, until)
+
+
+def way_back(args: StageConfig, step: int, best: int | None, rollbacks: int) -> tuple[Path | None, str]:
     """Where a rollback goes to.
 
     Args:
         args: The configuration.
-        until: The last step before the trouble.
+        step: Optimizer steps taken.
+        best: Where the run is to go back to its best held-out test, the step of that; else None.
         rollbacks: Rollbacks of the run so far.
 
     Returns:
-        The newest whole checkpoint of that step or an earlier one, or None; and what the guard says of it.
+        The newest whole checkpoint from before the trouble, or None; and what the guard says of it.
     """
     if rollbacks >= args.guard_max_rollbacks:
         return None, f"; all {rollbacks} rollbacks are used up"
+    until = before_trouble(args, step) if best is None else best
     checkpoint = newest_whole_until(str(args.output_dir), until)
     if checkpoint is None:
         return None, f"; no whole checkpoint is of step {until} or older"
