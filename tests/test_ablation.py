@@ -69,6 +69,7 @@ GRIDS = {
     "readings": 6,
     "guard": 2 * 2,
     "guard_drift": 2 * 2,
+    "guard_stable": 2 * 2,
     "stability": 3 * 3 * 2,
 }
 
