@@ -359,7 +359,7 @@ def rows(kls, entropy=0.5):
 
 
 def gain(low, high):
-    return Difference((low + high) / 2, low, high, 0.5, (high - low) / 4)
+    return Difference((low + high) / 2, low, high, 0.5, (high - low) / 4, 100)
 
 
 def test_two_variants_are_compared_once(base, prompts):

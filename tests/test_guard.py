@@ -95,18 +95,33 @@ def test_nothing_is_said_before_a_whole_window():
 
 
 def test_a_history_survives_as_json():
-    series = {"kl": [0.1 + 0.2, 1 / 3, 0.4, 1e-17, 2.0], "heldout_drop": [1 / 3, None, None, None, -0.5]}
-    series["heldout_best_step"] = 2.0
-    before, after = history(**series), History(5)
+    before, after = history(kl=[0.1 + 0.2, 1 / 3, 0.4, 1e-17, 2.0]), History(5)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after == before
-    assert (after.heldout_drops, after.heldout_best_step) == ([1 / 3, -0.5], 2)
-    after.add(Signals(11, heldout_drop=0.0, heldout_best_step=8.0))
-    after.add(Signals(12))
-    assert (after.heldout_drops, after.heldout_best_step) == ([-0.5, 0.0], 8)
     smaller = History(3)
     smaller.load_state_dict(before.state_dict())
     assert [signals.step for signals in smaller.recent] == [8, 9, 10]
+    larger = History(8)
+    larger.load_state_dict(before.state_dict())
+    larger.add(Signals(11))
+    assert [signals.step for signals in larger.start] == [1, 2, 3, 4, 5]  # step 11 is not the start of the run
+    young = History(3)
+    for step in (1, 2, 3):
+        young.add(Signals(step))
+    larger.load_state_dict(young.state_dict())
+    larger.add(Signals(4))
+    assert [signals.step for signals in larger.start] == [1, 2, 3, 4]
+
+
+def test_a_history_takes_up_held_out_tests_in_order():
+    young = History(5)
+    young.add(Signals(3, heldout_drop=9.0, heldout_best_step=1.0))
+    tests = [Signals(2), Signals(4, heldout_drop=1 / 3, heldout_best_step=2.0), Signals(6, heldout_best_step=2.0)]
+    young.take_up_tests([*tests, Signals(8, heldout_drop=-0.5, heldout_best_step=2.0)])
+    assert (young.heldout_drops, young.heldout_best_step) == ([1 / 3, -0.5], 2)
+    young.add(Signals(11, heldout_drop=0.0, heldout_best_step=8.0))
+    young.add(Signals(12))
+    assert (young.heldout_drops, young.heldout_best_step) == ([-0.5, 0.0], 8)
 
 
 def test_replay_tells_each_episode_once():
@@ -271,9 +286,10 @@ def untrained(tmp_path):
     """A guard that may go back, with a trainer that never trains, and the checkpoint of the beginning."""
     args = config(tmp_path, **SAVING)
     trainer = SimpleNamespace(args=args, beta=args.beta, accelerator=SimpleNamespace(is_main_process=True))
-    trainer._metrics = {"train": {}}
+    trainer._metrics, trainer.lineage, trainer.state = {"train": {}}, ["its mark"], SimpleNamespace(max_steps=100)
     (tmp_path / "checkpoint-0").mkdir()
     (tmp_path / "checkpoint-0" / "model").write_text("weights")
+    (tmp_path / "checkpoint-0" / "run_state.json").write_text('{"lineage": ["its mark"]}')
     seal(tmp_path / "checkpoint-0")
     return Guard(trainer)
 
@@ -459,6 +475,9 @@ def test_a_diverging_run_goes_back_with_a_larger_beta(diverging):
     again, before = (next(row for row in part if row["step"] == gone[0]["step"] + 1) for part in (kept, gone))
     assert again["learning_rate"] == before["learning_rate"]
     assert (again["beta"], "beta" in before) == (pytest.approx(0.03, rel=1e-12), False)
+    # Without the guard the run goes on with the beta that it has come to, and says so.
+    *_, rows = trained(diverging, guard="off", max_steps=kept[-1]["step"] + 1, **remedy, **RISING)
+    assert split(rows, 1)[1][-1]["beta"] == pytest.approx(0.03, rel=1e-12)
 
 
 def test_trouble_that_comes_back_at_once_began_before_the_checkpoint(tmp_path):

@@ -41,11 +41,12 @@ def a_test(folder, step, values):
     ]
     known = np.array([np.nan if value is None else value for value in values])
     table = {"heldout": float(np.mean([np.nanmean(part) for part in by_category(known)]))}
+    count = len(values)
     scores = Scores(
-        "shapes", COUNTED, {"graded": table}, {}, IMAGES, {}, IMAGES, {}, {}, False, [], {}, {}, per_image=records
+        "shapes", COUNTED, {"graded": table}, {}, count, {}, count, {}, {}, False, [], {}, {}, per_image=records
     )
     scores.save(folder.step_folder(step) / "scores.json")
-    return HeldoutRecord(step, table["heldout"], [0.0, 1.0], "graded", "heldout", {}, {}, IMAGES, 0, 1.0, "plan")
+    return HeldoutRecord(step, table["heldout"], [0.0, 1.0], "graded", "heldout", {}, {}, count, 0, 1.0, "plan")
 
 
 def records_of(run, *tests):
@@ -72,6 +73,24 @@ def test_a_drop_is_the_paired_loss_in_standard_errors(tmp_path):
     assert records[2].metrics()["heldout/drop"] == records[2].drop
     assert records[2].metrics()["heldout/best_step"] == 10 and "heldout/drop" not in records[0].metrics()
     assert read_records(tmp_path) == records
+
+
+def test_a_test_with_unscored_images_is_never_the_best(tmp_path):
+    folder = HeldoutFolder(tmp_path, "plan")
+    folder.begin(None)
+    for step, score, unscored in ((0, 0.5, 0), (10, 1.0, 7), (20, 0.75, 0), (30, 0.25, 0)):
+        record = dataclasses.replace(a_test(folder, step, [score] * IMAGES), num_unscored=unscored)
+        folder.add(folder.compared(record), keep_images=False)
+    assert [record.best_step for record in folder.records] == [None, 0, 0, 20]
+
+
+@pytest.mark.parametrize(("prompts", "is_judged"), [(1, False), (9, False), (10, True)])
+def test_few_prompts_a_category_say_nothing(tmp_path, caplog, prompts, is_judged):
+    start, less = [1.0] * len(COUNTED) * prompts, [0.0, *[1.0] * (len(COUNTED) * prompts - 1)]
+    record = records_of(tmp_path, start, less)[1]
+    assert record.best_step == 0 and (record.drop is not None) == is_judged
+    told = f"a category of the held-out test has {prompts} prompts; below 10 losses are not judged"
+    assert (told in caplog.text) != is_judged
 
 
 def test_drops_without_spread_and_without_scores(tmp_path, caplog):
@@ -106,6 +125,14 @@ def test_a_dip_is_no_loss_until_it_lasts_or_the_run_ends():
     assert ends == [True, False, True, False, False]
 
 
+def test_the_end_is_not_judged_by_an_earlier_test():
+    """As where the files of the last test or of the best one are lost: that one has no drop."""
+    steps = [{"step": step, "loss": 0.0} for step in range(1, 7)]
+    earlier = {"step": 4, "heldout/score": 0.0, "heldout/drop": 9.0, "heldout/best_step": 0}
+    last = {"step": 6, "heldout/score": 0.0, "heldout/best_step": 0}
+    assert replay([*steps[:4], earlier, *steps[4:], last], GuardThresholds(), window=2) == []
+
+
 def test_replay_tells_of_lasting_drops_and_of_the_end():
     def test(step, drop):
         return {"step": step, "heldout/score": 0.0, "heldout/drop": drop, "heldout/best_step": 0}
@@ -129,9 +156,11 @@ def losing(tmp_path, monkeypatch):
     prompts = tmp_path / "heldout.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in {row["tag"]: row for row in rows}.values()))
 
-    def run(drops, **changes):
+    def run(drops, fails_after_rollback=None, **changes):
         def score(trainer, plan, folder, step):
             first = trainer.guard.learning_rate_factor == 1
+            if step == fails_after_rollback and not first:
+                raise ValueError("the server is away")
             drop = drops.get(step, 0.0) if first else -1.0
             record = HeldoutRecord(step, 0.5, [0.0, 1.0], "strict", "heldout", {}, {}, 8, 0, 1.0, plan.fingerprint)
             return dataclasses.replace(record, best_step=1 if step > 1 else None, drop=drop if step > 1 else None)
@@ -198,6 +227,27 @@ def test_what_cannot_go_back_is_told_once_and_stays_whole(losing, changes, note)
         assert record.message.startswith("heldout_end 5 is above guard_max_heldout_drop=3: the run ends worse")
         assert note in record.message and record.message.endswith("/best holds the best policy")
         assert (result.stopped_by, result.step, len(rows)) == (None, 4, 4)
+
+
+def test_a_resumed_run_knows_its_earlier_tests(losing):
+    """Those of heldout.jsonl, each once: the last one was seen at the end of the first part already."""
+    losing({4: 5.0}, guard="stop", save_steps=2)
+    result, told, _ = losing({4: 5.0, 5: -1.0}, guard="stop", save_steps=2, max_steps=6)
+    assert result.stopped_by is None and told == []
+    result, (record,), _ = losing({4: 5.0, 7: 5.0, 8: 6.0}, guard="stop", save_steps=2, max_steps=10)
+    assert (record.step, record.rule, record.value, result.step) == (9, "heldout", 5.0, 9)
+
+
+def test_what_was_tested_in_another_way_is_forgotten(losing):
+    losing({3: 5.0}, guard="stop", max_steps=3)
+    result, told, _ = losing({4: 0.0, 5: 5.0}, guard="stop", max_steps=6, heldout_num_images=2)
+    assert result.stopped_by is None and told == []
+
+
+def test_a_test_that_fails_after_a_rollback_leaves_a_gap(losing):
+    result, (record,), _ = losing({4: 5.0}, guard="rollback", fails_after_rollback=2)
+    assert record.action == "rollback" and result.step == 4
+    assert [known.step for known in read_records(result.folder)] == [0, 1, 3, 4]
 
 
 def test_a_run_that_resumes_at_its_end_may_still_go_back(losing):

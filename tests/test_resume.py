@@ -180,7 +180,7 @@ def test_rotation_keeps_whole_checkpoints_and_never_deletes_the_only_one(sealed)
 
 
 def test_rotation_keeps_the_best(sealed):
-    rotate(sealed, 1, protected=str(sealed / "checkpoint-1"))
+    rotate(sealed, 1, protected=[sealed / "checkpoint-1"])
     assert sorted(path.name for path in sealed.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 

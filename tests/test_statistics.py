@@ -158,7 +158,20 @@ def test_wrong_inputs() -> None:
 
 def test_a_difference_without_a_scored_pair_has_no_p_value():
     nothing = statistics.paired_difference(np.array([np.nan, np.nan]), np.array([1.0, 0.0]))
-    assert np.isnan(dataclasses.astuple(nothing)).all()
+    assert np.isnan(dataclasses.astuple(nothing)[:-1]).all() and nothing.num_units == 0
+
+
+def test_the_units_of_a_difference_are_those_of_its_smallest_stratum():
+    def units(change, strata=None, clusters=None):
+        return statistics.paired_difference(np.zeros(len(change)), np.array(change), strata, clusters).num_units
+
+    assert units([1.0, 2.0, 3.0, 4.0]) == 4 and units([1.0, 2.0, np.nan, 4.0]) == 3
+    assert units([1.0, 2.0, 3.0, 4.0], clusters=[0, 0, 1, 1]) == 2
+    assert units([1.0, 2.0, 3.0, 4.0], clusters=[0, 0, 0, 0]) == 4  # the images of one prompt
+    assert units([1.0, 2.0, 3.0, 4.0], strata=["a", "a", "a", "b"]) == 1
+    assert units([1.0, 2.0, 3.0, 4.0], strata=["a", "a", "b", "b"], clusters=[0, 1, 2, 2]) == 2
+    sides = (np.arange(3.0), np.arange(5.0))
+    assert statistics.unpaired_difference(*sides).num_units == 3
 
 
 def test_resamples_without_a_scored_pair_do_not_count_as_evidence():

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from stage_grpo.graceful_stop import GracefulStop
 from stage_grpo.guard_finite import FiniteCheck
 from stage_grpo.guard_record import GuardRecord, append_guard, keep_guard, newest_whole_until, way_back
-from stage_grpo.guard_rules import HELDOUT_END, HELDOUT_RULES, Alarm, GuardThresholds, adapted_beta, check, kl_slope
+from stage_grpo.guard_rules import HELDOUT_END, PASSIVE_RULES, Alarm, GuardThresholds, adapted_beta, check, kl_slope
 from stage_grpo.guard_signals import HELDOUT, METRICS, FreshMetrics, History, Signals, signals_of
 from stage_grpo.run_folder import BEST
 
@@ -151,10 +151,10 @@ class Guard(TrainerCallback):
         Raises:
             ValueError: If too many steps in a row had no finite loss and gradient, and there is nowhere to go back to.
         """
+        self._beta_used = self.trainer.beta
         if not self.is_on and self.args.kl_target is None:
             return
         signals = self._signals(state.global_step)
-        self._beta_used = self.trainer.beta
         outcome: list[Any] = [None, self._next_beta(signals.kl)]
         interrupted = self.stop is not None and self.stop.stopped_at is not None
         if self.is_on and not interrupted and self.trainer.accelerator.is_main_process:
@@ -203,14 +203,16 @@ class Guard(TrainerCallback):
 
     def _decide(self, step: int, rule: str) -> tuple[str | None, Path | None, str]:
         """What to do, the checkpoint to name, and what to add to the message."""
-        note, best = "", self.history.heldout_best_step
+        note = ""
         if self.args.guard == "rollback":
-            checkpoint, note = way_back(self.args, step, best if rule in HELDOUT_RULES else None, self.rollbacks)
+            best = self.history.heldout_best_step
+            checkpoint, note = way_back(self.args, step, rule, best, self.rollbacks, self.trainer.lineage)
             if checkpoint is not None:
                 return "rollback", checkpoint, note
         if self._gives_up:
-            return "fail", newest_whole_until(self.run, step), note
-        return (None if self.args.guard == "warn" or rule == HELDOUT_END.name else "stop"), None, note
+            return "fail", newest_whole_until(self.run, step, self.trainer.lineage), note
+        has_ended = step >= self.trainer.state.max_steps
+        return (None if self.args.guard == "warn" or has_ended else "stop"), None, note
 
     def _tell(
         self, step: int, alarm: Alarm, action: str, checkpoint: Path | None = None, note: str = ""
@@ -257,10 +259,9 @@ class Guard(TrainerCallback):
 
     def see_end(self, step: int, control: Any) -> None:
         """Judge the held-out test of the last step: it may take the run back, and there is nothing left to stop."""
-        if not self.is_on or not self._heldout:
+        test, self._heldout = signals_of(step, self._heldout), {}
+        if not self.is_on or not self.history.add_test(test):
             return
-        self.history.add_test(signals_of(step, self._heldout))
-        self._heldout = {}
         outcome: list[Any] = [None]
         alarm = HELDOUT_END.check(self.history, self.thresholds)
         if alarm is not None and self.trainer.accelerator.is_main_process:
@@ -281,6 +282,7 @@ class Guard(TrainerCallback):
         kept = {name: getattr(self, name) for name in _KEPT}
         return {
             **kept,
+            "mode": self.args.guard,
             "alarmed": sorted(self.alarmed),
             "history": self.history.state_dict(),
             "beta": self.trainer.beta,
@@ -290,7 +292,8 @@ class Guard(TrainerCallback):
         """Continue from what :meth:`state_dict` gave."""
         for name in _KEPT:
             setattr(self, name, state[name])
-        self.alarmed = set(state["alarmed"])
+        told = set(state["alarmed"])  # in another mode it is told anew, to be acted on
+        self.alarmed = told if state["mode"] == self.args.guard else told & PASSIVE_RULES
         self.history.load_state_dict(state["history"])
         # A beta that nothing moves is the configuration's, also where that has changed since.
         is_adapted = self.args.kl_target is not None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage_grpo.guard_rules import HELDOUT_END
+from stage_grpo.guard_rules import HELDOUT_END, HELDOUT_RULES
+from stage_grpo.resuming import mark_of
 from stage_grpo.run_checkpoints import defect
 from stage_grpo.run_folder import write_atomically
 
@@ -105,15 +107,18 @@ def rollback_to(run: str | Path, checkpoint: Path) -> GuardRecord | None:
     return next((record for record in reversed(found) if record.checkpoint == checkpoint.name), None)
 
 
-def newest_whole_until(run: str | Path, step: int) -> Path | None:
-    """The checkpoint with the most steps that is whole, of those with at most so many. Reads and hashes it.
+def newest_whole_until(run: str | Path, step: int, lineage: Collection[str], hashes: bool = True) -> Path | None:
+    """The checkpoint of a training with the most steps that is whole, of those with at most so many.
 
     Args:
         run: Output folder of the run.
         step: Optimizer steps.
+        lineage: Marks of the training's checkpoints.
+        hashes: Whether to read and hash the files.
     """
     by_step = sorted(((number, path) for number, path in _checkpoints(run) if number <= step), reverse=True)
-    return next((path for _, path in by_step if defect(path) is None), None)
+    own = (path for _, path in by_step if mark_of(path) in lineage)
+    return next((path for path in own if defect(path, hashes) is None), None)
 
 
 def before_trouble(args: StageConfig, step: int) -> int:
@@ -130,22 +135,30 @@ def before_trouble(args: StageConfig, step: int) -> int:
     return max(0, until)
 
 
-def way_back(args: StageConfig, step: int, best: int | None, rollbacks: int) -> tuple[Path | None, str]:
+def way_back(
+    args: StageConfig, step: int, rule: str, best: int | None, rollbacks: int, lineage: Collection[str]
+) -> tuple[Path | None, str]:
     """Where a rollback goes to.
 
     Args:
         args: The configuration.
         step: Optimizer steps taken.
-        best: Where the run is to go back to its best held-out test, the step of that; else None.
+        rule: The rule that was broken.
+        best: Step of the best held-out test, which the rules of these tests go back to; None without any.
         rollbacks: Rollbacks of the run so far.
+        lineage: Marks of the training's checkpoints.
 
     Returns:
         The newest whole checkpoint from before the trouble, or None; and what the guard says of it.
     """
     if rollbacks >= args.guard_max_rollbacks:
         return None, f"; all {rollbacks} rollbacks are used up"
-    until = before_trouble(args, step) if best is None else best
-    checkpoint = newest_whole_until(str(args.output_dir), until)
+    to_best = best if rule in HELDOUT_RULES else None
+    until = before_trouble(args, step) if to_best is None else to_best
+    checkpoint = newest_whole_until(str(args.output_dir), until, lineage)
+    if checkpoint is None and to_best is None:
+        until = max(0, step - args.guard_window)  # then where the last rollback went: the rate is smaller now
+        checkpoint = newest_whole_until(str(args.output_dir), until, lineage)
     if checkpoint is None:
         return None, f"; no whole checkpoint is of step {until} or older"
     factor = args.guard_lr_factor if args.guard_remedy == "learning_rate" else args.guard_beta_factor

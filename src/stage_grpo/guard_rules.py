@@ -205,8 +205,8 @@ def replay(rows: Iterable[Mapping[str, Any]], thresholds: GuardThresholds, windo
         heldout, alarms = {}, check(history, thresholds)
         found += [(row["step"], alarm) for alarm in alarms if alarm.rule not in told]
         told = {alarm.rule for alarm in alarms}
-    history.add_test(signals_of(step, heldout))
-    ended = HELDOUT_END.check(history, thresholds) if heldout else None
+    is_tested = history.add_test(signals_of(step, heldout))
+    ended = HELDOUT_END.check(history, thresholds) if is_tested else None
     return found if ended is None else [*found, (step, ended)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -87,16 +87,25 @@ class History:
 
     def add(self, signals: Signals) -> None:
         """Take in one step."""
-        if len(self.start) < self.window:
+        # With a larger window than before a resume, later steps are no longer the start.
+        if len(self.start) < self.window and (not self.start or self.start[-1].step == self.recent[-1].step):
             self.start.append(signals)
         self.recent = [*self.recent, signals][-self.window :]
         self.add_test(signals)
 
-    def add_test(self, signals: Signals) -> None:
-        """Take in a held-out test alone, if there was one."""
-        if signals.heldout_drop is not None and signals.heldout_best_step is not None:
-            self.heldout_drops = [*self.heldout_drops, signals.heldout_drop][-2:]
-            self.heldout_best_step = int(signals.heldout_best_step)
+    def add_test(self, signals: Signals) -> bool:
+        """Take in a held-out test alone, if there was one that compares with the best; say whether there was."""
+        if signals.heldout_drop is None or signals.heldout_best_step is None:
+            return False
+        self.heldout_drops = [*self.heldout_drops, signals.heldout_drop][-2:]
+        self.heldout_best_step = int(signals.heldout_best_step)
+        return True
+
+    def take_up_tests(self, tests: Iterable[Signals]) -> None:
+        """Forget the held-out tests, and take in those of earlier parts of a run, in order."""
+        self.heldout_drops, self.heldout_best_step = [], None
+        for test in tests:
+            self.add_test(test)
 
     def values(self, name: str) -> list[float]:
         """What a signal was in the last steps; empty before a whole window has gone by."""
@@ -108,15 +117,13 @@ class History:
         return median(found) if found and median(found) > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain JSON data, exact."""
-        rows = {name: [list(signals) for signals in getattr(self, name)] for name in ("start", "recent")}
-        return {**rows, "heldout_drops": self.heldout_drops, "heldout_best_step": self.heldout_best_step}
+        """The steps as plain JSON data, exact. Held-out tests are not among them: ``heldout.jsonl`` keeps those."""
+        return {name: [list(signals) for signals in getattr(self, name)] for name in ("start", "recent")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave; with another window, from the newest steps of it."""
         self.start = [Signals(*row) for row in state["start"]][: self.window]
         self.recent = [Signals(*row) for row in state["recent"]][-self.window :]
-        self.heldout_drops, self.heldout_best_step = list(state["heldout_drops"]), state["heldout_best_step"]
 
 
 def _measured(signals: Sequence[Signals], name: str) -> list[float]:

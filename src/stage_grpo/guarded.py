@@ -10,7 +10,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from stage_grpo.guard import Guard
-from stage_grpo.guard_record import rollback_to, set_aside
+from stage_grpo.guard_record import newest_whole_until, rollback_to, set_aside
+from stage_grpo.guard_rules import PASSIVE_RULES
+from stage_grpo.heldout_record import best_test, read_records
 from stage_grpo.resumable import ResumableTrainer
 from stage_grpo.run_folder import RunFolder, write_atomically
 
@@ -54,6 +56,12 @@ class GuardedTrainer(ResumableTrainer):
         if self.accelerator.is_main_process:
             write_atomically(folder / GUARD_STATE, json.dumps(self.guard.state_dict()) + "\n")
 
+    def _protected(self) -> set[Path]:
+        """With rollbacks also the way back to the best held-out test."""
+        best = best_test(read_records(self.args.output_dir)) if self.args.guard == "rollback" else None
+        way = None if best is None else newest_whole_until(self.args.output_dir, best.step, self.lineage, hashes=False)
+        return super()._protected() | ({way} if way is not None else set())
+
     def _restore_rest(self, folder: Path) -> None:
         super()._restore_rest(folder)
         # Main process: guard.jsonl was written by it, a checkpoint's own state by an earlier part of the run.
@@ -73,6 +81,7 @@ class GuardedTrainer(ResumableTrainer):
             self.beta *= rollback.beta_factor / guard.beta_factor
             guard.learning_rate_factor, guard.beta_factor = rollback.learning_rate_factor, rollback.beta_factor
             guard.rollbacks = rollback.rollbacks + 1
+            guard.alarmed &= PASSIVE_RULES
 
 
 def go_back(trainer: GuardedTrainer) -> str:

@@ -29,6 +29,7 @@ from stage_grpo.evaluation.evaluate import evaluate
 from stage_grpo.gathering import with_whole_weights
 from stage_grpo.generation.generate import MAX_BATCH_SIZE, generate
 from stage_grpo.graceful_stop import GracefulStop
+from stage_grpo.guard_signals import signals_of
 from stage_grpo.heldout_plan import SEED, HeldoutPlan, warn_if_trained_on
 from stage_grpo.heldout_record import BEST, IMAGES, HeldoutFolder, HeldoutRecord
 from stage_grpo.rollout import bytes_per_row, memory_budget
@@ -59,6 +60,7 @@ class HeldoutEvaluation(TrainerCallback):
         processor: Saved beside the best policy; None keeps no policy.
         keep_images: Keep the images of all steps, not only of the first, the best and the last.
         stop: What ends the run at a signal; such an end is not scored.
+        has_begun: Whether this process has trained before, with another trainer: then no failure ends the run.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class HeldoutEvaluation(TrainerCallback):
         processor: Any = None,
         keep_images: bool = False,
         stop: GracefulStop | None = None,
+        has_begun: bool = False,
     ):
         self.trainer = trainer
         self.plan = plan
@@ -78,7 +81,7 @@ class HeldoutEvaluation(TrainerCallback):
         self.stop = stop
         self.folder = HeldoutFolder(str(trainer.args.output_dir), plan.fingerprint)
         self._done: set[int] = set()
-        self._tried = False
+        self._tried = has_begun
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the scores of earlier parts of the run."""
@@ -90,9 +93,11 @@ class HeldoutEvaluation(TrainerCallback):
 
         known = _in_main_process(self.trainer, begin)
         self._done = set(known)
-        if state.global_step in known:
-            # A step is scored after its checkpoint is written: the guard's state there does not have the score.
-            self.trainer.guard.on_log(args, state, control, known[state.global_step].metrics())
+        guard = self.trainer.guard
+        earlier = [record for step, record in known.items() if step < state.global_step]
+        guard.history.take_up_tests(signals_of(record.step, record.metrics()) for record in earlier)
+        if state.global_step in known:  # the rules see it with the next step, as they would have
+            guard.on_log(args, state, control, known[state.global_step].metrics())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score the step that ended, if its turn has come."""

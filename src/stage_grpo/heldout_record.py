@@ -23,6 +23,8 @@ IMAGES = "images"
 """Name of a step's images in its folder."""
 MAX_DROP = 1000.0
 """Most standard errors that are told of."""
+MIN_UNITS = 10
+"""Prompts of a category below which a bootstrap's standard error, 5 % too small with ten, says nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ def read_records(run: str | Path) -> list[HeldoutRecord]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found = [record for line in lines if (record := _record(line)) is not None]
     return sorted(found, key=lambda record: record.step)
+
+
+def best_test(records: Iterable[HeldoutRecord]) -> HeldoutRecord | None:
+    """The best of some scores, of equal ones the first. One without all images is none: it is another number."""
+    return max((known for known in records if not known.num_unscored), key=lambda known: known.score, default=None)
 
 
 def _record(text: str) -> HeldoutRecord | None:
@@ -201,7 +208,7 @@ class HeldoutFolder:
 
     def compared(self, record: HeldoutRecord) -> HeldoutRecord:
         """Say how far a score is below the best one before it, from the records of the images of both."""
-        before = max((r for r in self.records if r.step < record.step), key=lambda r: r.score, default=None)
+        before = best_test(known for known in self.records if known.step < record.step)
         if before is None:
             return record
         try:
@@ -210,6 +217,13 @@ class HeldoutFolder:
         except (OSError, ValueError, KeyError) as error:
             logger.warning("the tests of steps %d and %d do not compare: %s", before.step, record.step, error)
             return replace(record, best_step=before.step)
+        if difference.num_units < MIN_UNITS:
+            logger.warning(
+                "a category of the held-out test has %d prompts; below %d losses are not judged, by the guard either: "
+                "give more in heldout_prompts",
+                difference.num_units,
+                MIN_UNITS,
+            )
         return replace(record, best_step=before.step, drop=_in_standard_errors(-difference.value, difference))
 
     def add(self, record: HeldoutRecord, keep_images: bool) -> None:
@@ -232,7 +246,7 @@ class HeldoutFolder:
 
 def _in_standard_errors(value: float, difference: Difference) -> float | None:
     """Where all images changed alike there is no spread to compare with: then a change is as large as can be said."""
-    if math.isnan(value):
+    if math.isnan(value) or difference.num_units < MIN_UNITS:
         return None
     error = max(difference.standard_error, abs(value) / MAX_DROP)
     return value / error if error > 0 else 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from trl import GRPOTrainer
 
 from stage_grpo.averaging import AverageCallback
 from stage_grpo.checkpoints.errors import shorten
-from stage_grpo.resuming import RUN_STATE, checkpoint_to_resume, fingerprint, report_changes
+from stage_grpo.resuming import LINEAGE, RUN_STATE, checkpoint_to_resume, fingerprint, report_changes
 from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.run_checkpoints import PARTIAL, publish, rotate, seal
 from stage_grpo.run_folder import RunFolder, write_atomically
@@ -39,7 +40,12 @@ _PLACES = (
 
 
 class ResumableTrainer(GRPOTrainer):
-    """GRPO whose checkpoints are atomic and complete; see :class:`~stage_grpo.trainer.StageTrainer`."""
+    """GRPO whose checkpoints are atomic and complete; see :class:`~stage_grpo.trainer.StageTrainer`.
+
+    Attributes:
+        lineage: Marks of the checkpoints on the way of this training, in the main process; a run folder may hold
+            others, of an earlier run or of steps that a resume went back behind.
+    """
 
     args: Any  # a StageConfig: TRL's own annotations would hide its fields
     model: Any
@@ -51,6 +57,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.lineage: list[str] = []
         self.averaging = None if self.args.ema_decay is None else AverageCallback(self.args.ema_decay)
         if self.averaging is not None:
             self.add_callback(self.averaging)
@@ -79,7 +86,7 @@ class ResumableTrainer(GRPOTrainer):
                 self._correct_best(run, partial)
                 seal(partial)
                 publish(partial, run / partial.name)
-                rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+                rotate(run, self.args.save_total_limit, self._protected())
                 shutil.rmtree(partial.parent)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial.parent, ignore_errors=True)
@@ -105,7 +112,9 @@ class ResumableTrainer(GRPOTrainer):
             reference = self._reference_shards
             reference.save(folder / REFERENCE, "reference", reference.copies())
         if self.accelerator.is_main_process:
+            self.lineage = [*self.lineage, uuid.uuid4().hex]
             state = {
+                LINEAGE: self.lineage,
                 "micro_step": self._step,
                 "world_size": self.accelerator.num_processes,
                 "train_data": self._data_fingerprint,
@@ -113,6 +122,11 @@ class ResumableTrainer(GRPOTrainer):
                 "reward_sum": self.reward_sum.state_dict(),
             }
             write_atomically(folder / RUN_STATE, json.dumps(state, indent=2) + "\n")
+
+    def _protected(self) -> set[Path]:
+        """Checkpoints that no limit may delete."""
+        best = self.state.best_model_checkpoint
+        return set() if best is None else {Path(best)}
 
     def _correct_best(self, run: Path, partial: Path) -> None:
         """Record the best checkpoint under its final name, where transformers wrote the one of its partial folder."""
@@ -161,7 +175,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self.lineage = 0, None, []
         self.run_folder.is_resumed = resume_from_checkpoint is not None
         if resume_from_checkpoint is not None:
             self._restore_rest(Path(resume_from_checkpoint))
@@ -193,6 +207,7 @@ class ResumableTrainer(GRPOTrainer):
                 f"{folder} was saved with save_only_model, so no optimizer can continue; begin a new run with --model "
                 f"{folder} --resume never"
             )
+        self.lineage = state[LINEAGE]
         self._restore_place(folder, state)
         self.reward_sum.load_state_dict(state.get("reward_sum", {}))
         if self.accelerator.is_main_process:

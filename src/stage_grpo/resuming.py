@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
 """File of a checkpoint with what the trainer's own files do not hold."""
 
+LINEAGE = "lineage"
+"""Entry of it: a mark of every checkpoint that the run has written on its way, its own last."""
+
 NEUTRAL = {
     "output_dir", "run_name", "project", "trackio_space_id", "resume", "report_to", "disable_tqdm", "sample_steps",
     "logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica",
@@ -84,6 +87,15 @@ def _named(folder: Path) -> Path:
     if wrong is not None:
         raise ValueError(f"resume={str(folder)!r} {wrong}; give another checkpoint, or auto for the newest whole one")
     return folder
+
+
+def mark_of(checkpoint: Path) -> str | None:
+    """What no other checkpoint has, also not one of the same step of another run; None if it cannot be read."""
+    try:
+        mark = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))[LINEAGE][-1]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return mark if isinstance(mark, str) else None
 
 
 def fingerprint(rows: Iterable[dict[str, Any]]) -> str:

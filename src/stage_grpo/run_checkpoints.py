@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -92,19 +93,20 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, skipped
 
 
-def rotate(run: Path, limit: int | None, protected: str | None = None) -> None:
+def rotate(run: Path, limit: int | None, protected: Collection[Path] = ()) -> None:
     """Delete the oldest whole checkpoints beyond a limit. Torn ones do not count, and stay to be looked at.
 
     Args:
         run: Output folder of the run.
         limit: Whole checkpoints to keep, at least 1; None keeps all.
-        protected: A checkpoint to keep in any case.
+        protected: Checkpoints to keep in any case.
     """
     if limit is None:
         return
     whole = [folder for folder in _newest_first(run) if defect(folder, hashes=False) is None]
+    kept = {folder.resolve() for folder in protected}
     for folder in whole[max(1, limit) :]:
-        if protected is None or folder.resolve() != Path(protected).resolve():
+        if folder.resolve() not in kept:
             _discard(folder)
 
 

@@ -90,7 +90,7 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
             # Two policies with their optimizers need not fit: the first goes before the second comes.
             stop.stopped_at = policy = trainer = None
             clear_device_cache(garbage_collection=True)
-            trainer = _trainer(parts, _load_policy(config), stop)
+            trainer = _trainer(parts, _load_policy(config), stop, has_begun=True)
             trainer.train(resume_from_checkpoint=checkpoint)
         stopped = stop.stopped_at is not None and trainer.state.global_step < trainer.state.max_steps
         if not stopped:
@@ -118,8 +118,8 @@ class _Parts:
     callbacks: list[TrainerCallback]
 
 
-def _trainer(parts: _Parts, policy: Any, stop: GracefulStop) -> StageTrainer:
-    """The trainer of a run, or of the rest of one that goes back to a checkpoint."""
+def _trainer(parts: _Parts, policy: Any, stop: GracefulStop, has_begun: bool = False) -> StageTrainer:
+    """The trainer of a run, or of the rest of one that has begun and goes back to a checkpoint."""
     trainer = StageTrainer(
         policy,
         parts.rewards,
@@ -132,7 +132,7 @@ def _trainer(parts: _Parts, policy: Any, stop: GracefulStop) -> StageTrainer:
     stop.watch(trainer.accelerator)
     trainer.guard.stop = stop
     if parts.plan is not None:
-        trainer.add_callback(_heldout_evaluation(trainer, parts.plan, parts.processor, stop))
+        trainer.add_callback(_heldout_evaluation(trainer, parts.plan, parts.processor, stop, has_begun))
     return trainer
 
 
@@ -148,11 +148,11 @@ def _plan_heldout(config: StageConfig, train_rows: list[PromptRow]) -> HeldoutPl
 
 
 def _heldout_evaluation(
-    trainer: StageTrainer, plan: HeldoutPlan, processor: Any, stop: GracefulStop
+    trainer: StageTrainer, plan: HeldoutPlan, processor: Any, stop: GracefulStop, has_begun: bool
 ) -> HeldoutEvaluation:
     config: StageConfig = trainer.args
     kept = processor if config.keep_best else None
-    return HeldoutEvaluation(trainer, plan, config.heldout_steps, kept, config.heldout_keep_images, stop)
+    return HeldoutEvaluation(trainer, plan, config.heldout_steps, kept, config.heldout_keep_images, stop, has_begun)
 
 
 def _save(trainer: StageTrainer, processor: Any) -> None:

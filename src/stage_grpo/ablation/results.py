@@ -206,7 +206,7 @@ def guarded(record: RunRecord) -> dict[str, float | None]:
         found[ROLLBACKS] = sum(known.action == "rollback" for known in told)
     kept = record.series("heldout/score")[1]
     if kept:
-        found[BELOW_BEST] = max(*kept, *(row.get("heldout/score", -math.inf) for row in record.abandoned)) - kept[-1]
+        found[BELOW_BEST] = max([*kept, *(row.get("heldout/score", -math.inf) for row in record.abandoned)]) - kept[-1]
     return found
 
 

@@ -35,11 +35,14 @@ class Difference(Estimate):
     Attributes:
         p_value: Two-sided bootstrap p-value of "no difference": twice the share of resamples on the far side of
             0, at least 2 / (resamples + 1).
-        standard_error: Standard deviation of the resamples.
+        standard_error: Standard deviation of the resamples: too small by a factor of sqrt(1 - 1 / n) where strata
+            have few units, and 0 where each has one.
+        num_units: n, the fewest scored units of a stratum that are resampled: clusters, or the images of its only one.
     """
 
     p_value: float
     standard_error: float
+    num_units: int
 
 
 def stratified_mean(values: Float[np.ndarray, " N"], strata: Sequence[Hashable] | None = None) -> float:
@@ -130,7 +133,9 @@ def paired_difference(
     change = after - before
     _check(change, confidence, strata=strata, clusters=clusters)
     replicates = _replicates(change, strata, clusters, num_resamples, seed)
-    return _difference(stratified_mean(change, strata), replicates, confidence)
+    return _difference(
+        stratified_mean(change, strata), replicates, confidence, _fewest_units(clusters, strata, change)
+    )
 
 
 def unpaired_difference(
@@ -166,25 +171,26 @@ def unpaired_difference(
 
     Source: Efron and Tibshirani (1993), section 16.2, with the percentile interval of section 13.3.
     """
-    means, replicates = [], []
+    means, replicates, units = [], [], []
     # The same stream on both sides would draw the same clusters on both: a pairing by place that means nothing.
     streams = np.random.SeedSequence(seed).generate_state(2)
     for values, groups, prompts, stream in zip((before, after), strata, clusters, streams):
         _check(values, confidence, strata=groups, clusters=prompts)
         means.append(stratified_mean(values, groups))
         replicates.append(_replicates(values, groups, prompts, num_resamples, int(stream)))
-    return _difference(means[1] - means[0], replicates[1] - replicates[0], confidence)
+        units.append(_fewest_units(prompts, groups, values))
+    return _difference(means[1] - means[0], replicates[1] - replicates[0], confidence, min(units))
 
 
-def _difference(value: float, replicates: Float[np.ndarray, " R"], confidence: float) -> Difference:
+def _difference(value: float, replicates: Float[np.ndarray, " R"], confidence: float, num_units: int) -> Difference:
     """A difference with what its resamples say; resamples without a scored image say nothing."""
     if np.isnan(value):
-        return Difference(value, value, value, value, value)
+        return Difference(value, value, value, value, value, num_units)
     low, high = _interval(replicates, confidence)
     known = replicates[~np.isnan(replicates)]
     tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
     p_value = min(1.0, 2.0 * (tail + 1) / (len(known) + 1))
-    return Difference(value, low, high, p_value, float(known.std(ddof=1)))
+    return Difference(value, low, high, p_value, float(known.std(ddof=1)), num_units)
 
 
 def _replicates(
@@ -220,6 +226,13 @@ def _cluster_means(
     drawn = times @ counts
     # A resample may hold unscored clusters only: then there is no mean to speak of.
     return np.divide(times @ sums, drawn, out=np.full(num_resamples, np.nan), where=drawn > 0)
+
+
+def _fewest_units(clusters: Labels, strata: Labels, values: Float[np.ndarray, " N"]) -> int:
+    labels = np.arange(len(values)) if clusters is None else _codes(clusters)
+    scored = [members[~np.isnan(values[members])] for members in _members(strata, len(values))]
+    counts = [(len(np.unique(labels[members])), len(members)) for members in scored]
+    return min(num_images if num_clusters == 1 else num_clusters for num_clusters, num_images in counts)
 
 
 def _interval(replicates: Float[np.ndarray, " R"], confidence: float) -> tuple[float, float]:
