@@ -88,6 +88,20 @@ def score_held_out_prompts(trainer, checkpoint, folder):
     trainer.add_callback(HeldoutEvaluation(trainer, plan, 4, AutoProcessor.from_pretrained(checkpoint)))
 
 
+def brightness_beside_a_model(checkpoint):
+    """A reward of one's own that loads a model by transformers on its first images."""
+    loaded = []
+
+    def score(images, prompts, metadata):
+        if not loaded:
+            loaded.append(load_policy(checkpoint))
+            assert all(weight.numel() for weight in loaded[0].parameters()), "the reward's model was split"
+        return brightness(images, prompts, metadata)
+
+    score.__name__ = brightness.__name__
+    return score
+
+
 def train(checkpoint, folder, resume=None, lora=False, heldout=False, **changes):
     if lora and FSDP:
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # accelerate's default
@@ -95,7 +109,8 @@ def train(checkpoint, folder, resume=None, lora=False, heldout=False, **changes)
     rows = Dataset.from_dict({"prompt": PROMPTS, "metadata": ["{}"] * 4})
     adapters = LoraConfig(r=4, target_modules=LORA_TARGETS) if lora else None
     held_out = rows.select([3]) if args.do_eval else None
-    trainer = StageTrainer(load_policy(checkpoint), brightness, args, rows, held_out, peft_config=adapters)
+    reward = brightness_beside_a_model(checkpoint)
+    trainer = StageTrainer(load_policy(checkpoint), reward, args, rows, held_out, peft_config=adapters)
     if heldout:
         score_held_out_prompts(trainer, checkpoint, folder)
     trainer.train(resume_from_checkpoint=resume)

@@ -23,6 +23,7 @@ from PIL import Image
 from stage_grpo.rewards.cells import as_cell, as_metadata
 from stage_grpo.rewards.failures import FailureWatch, failures, most_common
 from stage_grpo.rewards.result import RewardResult, check_result
+from stage_grpo.rewards.whole_models import whole_models
 from stage_grpo.types import Metadata
 from stage_grpo.weights import WEIGHTS
 
@@ -153,7 +154,8 @@ class Reward(ABC):
                 f"{len(metadata)} metadata; give one of each per sample"
             )
         try:
-            returned = self.compute(images, prompts, metadata)
+            with whole_models():  # they are loaded by the first call
+                returned = self.compute(images, prompts, metadata)
         except Exception as error:
             error.add_note(f"raised by reward {self.name!r}")
             raise

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stage_grpo.rewards.whole_models import whole_models
+
 _LOADING = threading.Lock()
 """transformers changes settings of the whole process while it loads, and rewards may load in threads."""
-
-
-@contextmanager
-def _unsplit() -> Iterator[None]:
-    """Loads a reward's model whole while a run trains with ZeRO-3, which would leave every process a share of it."""
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def load_model(model_class: Any, folder: Path, device: str, dtype: str, **arguments: Any) -> Any:
@@ -40,7 +27,7 @@ def load_model(model_class: Any, folder: Path, device: str, dtype: str, **argume
     Raises:
         ValueError: The folder lacks weights, which would otherwise be drawn at random.
     """
-    with _LOADING, _unsplit():
+    with _LOADING, whole_models():
         model, report = model_class.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True, **arguments
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from stage_grpo.plug_ins import check_option_names, load_target
 from stage_grpo.rewards.base import FunctionReward, Reward
+from stage_grpo.rewards.whole_models import whole_models
 from stage_grpo.weights import cache_folder, folder, is_present
 
 
@@ -152,6 +153,11 @@ def build_reward(name: str, options: dict[str, Any] | None = None) -> Reward:
             f"unknown reward {name!r}; known are {', '.join(sorted(REWARDS))}, "
             "or give module.path:function of your own"
         )
+    with whole_models():  # a module of your own may load one as it is imported, or a class as it is built
+        return _local(name, options)
+
+
+def _local(name: str, options: dict[str, Any]) -> Reward:
     place = REWARDS[name].target if name in REWARDS else name
     target = load_target(place, f"reward {place!r}")
     if isinstance(target, type) and issubclass(target, Reward):
