@@ -344,7 +344,7 @@ def test_one_seed_has_no_interval_and_none_has_no_mean():
     assert (one.value, one.low, one.high, one.p_value, one.num_seeds) == (0.5, None, None, None, 1)
     assert (none.value, none.num_seeds) == (None, 0)
     equal = mean_over_seeds([0.25, 0.25])
-    assert (equal.low, equal.high, equal.p_value) == (0.25, 0.25, None)
+    assert (equal.value, equal.low, equal.high, equal.p_value) == (0.25, None, None, None)
     # 0.02 each, up to rounding.
     assert paired_over_seeds({0: 0.57, 1: 0.56, 2: 0.61}, {0: 0.55, 1: 0.54, 2: 0.59}).p_value is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def ending(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def end_mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Mean of a metric over the last tenth of the steps; None if it was not logged there."""
-    found = [row[name] for row in ending(rows) if row.get(name) is not None]
-    return float(np.mean(found)) if found else None
+    """Mean of a metric over the last tenth of the steps; None if it was not logged there, or mostly not a number."""
+    logged = [row[name] for row in ending(rows) if name in row]
+    found = [value for value in logged if value is not None and math.isfinite(value)]
+    return float(np.mean(found)) if found and 2 * len(found) >= len(logged) else None

@@ -17,7 +17,7 @@ def main_ablate(program: str, words: list[str]) -> tuple[str, int]:
         words: Arguments after it.
 
     Returns:
-        What to print, and the exit code: 1 if a run failed.
+        What to print, and the exit code: 1 if a run failed or cannot be read.
 
     Raises:
         ValueError: Wrong arguments, or a grid with something wrong; then no run has begun.
@@ -46,10 +46,17 @@ def main_ablate(program: str, words: list[str]) -> tuple[str, int]:
         return _describe(jobs, [len(plan) for plan in plans], names), 0
     failures = run_jobs(jobs, options.jobs or default_parallel(), options.keep_weights)
     said = [f"failed: {failure.folder}: {failure.reason}" for failure in failures]
+    is_whole = not failures
     for grid, plan in zip(grids, plans):
-        if any(run.job.is_finished and run.before.is_finished for run in plan):
-            said.append(_write(collect(grid, plan), options.out / grid.name))
-    return "\n".join(said), 1 if failures else 0
+        try:
+            results = collect(grid, plan)
+        except ValueError as error:
+            said.append(str(error))
+            is_whole = False
+            continue
+        said.append(_write(results, options.out / grid.name))
+        is_whole = is_whole and not results.missing
+    return "\n".join(said), 0 if is_whole else 1
 
 
 def _parser(program: str) -> ArgumentParser:

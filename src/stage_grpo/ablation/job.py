@@ -24,7 +24,7 @@ class Job:
     """Work for one process: train and test a policy, or test the one before training.
 
     Attributes:
-        folder: Where it leaves everything; finished once ``result.json`` is there.
+        folder: Where it leaves everything; finished once ``result.json`` is there and whole.
         values: The training configuration as a YAML file holds it.
         test: How the policy is tested.
         num_steps: Optimizer steps; 0 tests the model of the configuration as it is.
@@ -40,7 +40,20 @@ class Job:
     @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do."""
-        return (self.folder / RESULT).is_file()
+        return read_result(self.folder) is not None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What ``result.json`` of a job's folder says; None if it is missing or torn, for then the job is to be done.
+
+    Args:
+        folder: The folder.
+    """
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_job(job: Job, keep_weights: bool) -> None:

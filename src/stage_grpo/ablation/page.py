@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from stage_grpo.ablation.results import FinishedRun, Line, Results
 from stage_grpo.ablation.seeds import SeedMean
-from stage_grpo.ablation.table import difference_table, main_table, notes, number, score_names
+from stage_grpo.ablation.table import difference_table, main_table, notes, number, score_names, share
 from stage_grpo.images.folders import load_image
 from stage_grpo.pages import charts
 from stage_grpo.pages.render import render
@@ -73,10 +74,14 @@ def _cards(results: Results) -> list[dict[str, str]]:
 
 
 def _card(headline: str, line: Line, other: str, change: SeedMean) -> dict[str, str]:
-    trend, detail = "flat", f"{headline}; {change.num_seeds} seed: no interval"
+    num_runs = len(line.runs)
+    seeds = share(change, num_runs) if change.num_seeds < num_runs else str(num_runs)
+    seeds += " seed" if num_runs == 1 else " seeds"
+    why = "the same in all, so no spread to judge by" if change.num_seeds > 1 else "no interval"
+    trend, detail = "flat", f"{headline}; {seeds}: {why}"
     if change.low is not None and change.high is not None:
         trend = "up" if change.low > 0 else "down" if change.high < 0 else "flat"
-        detail = f"{headline}; 95 % interval over {change.num_seeds} seeds {change.low:+.3f} to {change.high:+.3f}"
+        detail = f"{headline}; 95 % interval over {seeds} {change.low:+.3f} to {change.high:+.3f}"
     name = f"{line.cell.label} against {other}"
     return {"value": number(change.value, signed=True), "trend": trend, "name": name, "detail": detail}
 
@@ -131,8 +136,19 @@ def _maps(results: Results) -> list[dict[str, Any]]:
         names = list(results.grid.axes[first]), list(results.grid.axes[second])
         for variant, table in tables.items():
             svg = charts.heat_map(table, names, (first, second), limits, salt=f"map {title} {variant}")
-            shown.append({"title": f"{variant}: {title}", "svg": Markup(svg)})
+            shown.append({"title": f"{variant}: {title}{_of_fewer(results, variant, name)}", "svg": Markup(svg)})
     return shown
+
+
+def _of_fewer(results: Results, variant: str, name: str | None) -> str:
+    """Where a variant's map shows means of fewer seeds than there are runs."""
+    means = [(line, line.means.get(name or "", _NOTHING)) for line in results.lines if line.cell.variant == variant]
+    few = [
+        f"{share(mean, len(line.runs))} at {_place(line)}"
+        for line, mean in means
+        if 0 < mean.num_seeds < len(line.runs)
+    ]
+    return f" ({'; '.join(few)})" if few else ""
 
 
 def variant_maps(results: Results, name: str | None) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
@@ -221,10 +237,11 @@ def _images(results: Results) -> dict[str, Any]:
 
 
 def _picture(folder: Path, record: dict[str, Any], headline: str) -> dict[str, str]:
-    return {
-        "uri": charts.data_uri(load_image(folder / "images" / record["path"])),
-        "score": number(record["scores"].get(headline)),
-    }
+    score = number(record["scores"].get(headline))
+    try:
+        return {"uri": charts.data_uri(load_image(folder / "images" / record["path"])), "score": score}
+    except ValueError:  # images are large, and may have been deleted: its place stays empty
+        return {"uri": charts.data_uri(Image.new("RGBA", (1, 1))), "score": f"{score}, no image"}
 
 
 def _run_row(run: FinishedRun) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import astuple
 from itertools import cycle
 
 import matplotlib
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from stage_grpo.ablation.page import COLORS, variant_maps
 from stage_grpo.ablation.results import DISTANCE, Line, Results, scored
-from stage_grpo.ablation.table import COLUMNS, score_names
+from stage_grpo.ablation.table import COLUMNS, score_names, share
 from stage_grpo.pages import charts
 
 DPI = 150
@@ -27,8 +26,8 @@ def to_png(results: Results) -> bytes:
     With two axes: a map of every variant, of the headline score and of the share of collapsed runs. Otherwise training
     reward and KL over the steps, mean over seeds in a band from lowest to highest, and the scores after training with
     95 % intervals over seeds; instead of scores the distance of images of one prompt, where a prompt has several. With
-    an axis and more than six lines, where curves hide each other: headline score, that score of held-out prompts and
-    KL at the end, all with intervals.
+    axes and more than six lines, where curves hide each other: headline score, that score of held-out prompts and KL
+    at the end, all with intervals.
 
     Args:
         results: What `stage_grpo.ablation.results.collect` gave.
@@ -47,7 +46,7 @@ def draw(results: Results) -> Figure:
     if len(results.grid.axes) == 2:
         return _maps(results)
     if results.grid.axes and len(_lines(results)) > MOST_CURVES:
-        return _means_along_the_axis(results)
+        return _means_along_the_axes(results)
     return _curves_and_scores(results)
 
 
@@ -71,20 +70,26 @@ def _maps(results: Results) -> Figure:
     return figure
 
 
-def _means_along_the_axis(results: Results) -> Figure:
-    """A row a line of the grid, in blocks of one value of the axis, coloured by variant."""
-    (axis,) = results.grid.axes
-    places = list(results.grid.axes[axis])
-    lines = sorted(_lines(results), key=lambda line: places.index(line.cell.point[axis]))
+def _means_along_the_axes(results: Results) -> Figure:
+    """A row a line of the grid, in blocks of one place on the axes, coloured by variant."""
+    lines = sorted(_lines(results), key=lambda line: _place(results, line))
+    places = [_place(results, line) for line in lines]
     of_variant = dict(zip(_pictured(results), cycle(COLORS)))
     colors = {line.cell.label: of_variant[line.cell.variant] for line in lines}
     names = list(dict.fromkeys([results.headline, score_names(results)[-1], "kl"]))
-    figure = Figure(figsize=(11.5, 0.24 * len(lines) + 1), layout="constrained")
+    width = 11.5 + 1.5 * (len(results.grid.axes) - 1)  # names of rows are longer then
+    figure = Figure(figsize=(width, 0.24 * len(lines) + 1), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names):
         _draw_means(axes, results, name, colors)
-        for block in range(1, len(places)):
-            axes.axhline(block * len(of_variant) - 0.5, color=charts.GREY, linewidth=0.5)
+        for row in range(1, len(places)):
+            if places[row] != places[row - 1]:
+                axes.axhline(row - 0.5, color=charts.GREY, linewidth=0.5)
     return figure
+
+
+def _place(results: Results, line: Line) -> list[int]:
+    """Where a line stands on each axis; lists of this order as the grid does."""
+    return [list(values).index(line.cell.point[axis]) for axis, values in results.grid.axes.items()]
 
 
 def _lines(results: Results) -> list[Line]:
@@ -111,14 +116,18 @@ def _curves_and_scores(results: Results) -> Figure:
 
 def _draw_means(axes: Axes, results: Results, name: str, colors: dict[str, str]) -> None:
     """A quantity after training, a row a label, with 95 % intervals over seeds and, where known, the value before."""
-    means = {line.cell.label: line.means[name] for line in results.lines if name in line.means}
+    lines = {line.cell.label: line for line in results.lines if name in line.means}
     places = {label: place for place, label in enumerate(colors)}
     for label, place in places.items():
-        if label not in means:
+        if label not in lines:
             continue
-        value, low, high = (math.nan if end is None else end for end in astuple(means[label])[:3])
+        mean, num_runs = lines[label].means[name], len(lines[label].runs)
+        value, low, high = (math.nan if end is None else end for end in (mean.value, mean.low, mean.high))
         axes.hlines(place, low, high, color=colors[label], linewidth=2.2, alpha=0.45)
         axes.plot(value, place, "o", color=colors[label], markersize=5)
+        if 0 < mean.num_seeds < num_runs:
+            beside = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 6}
+            axes.annotate(share(mean, num_runs), (value, place), **beside)
     befores = [scored(results.grid, scores).get(name) for scores in results.befores.values()]
     known = [before for before in befores if before is not None]
     for before in known:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +13,7 @@ import numpy as np
 
 from stage_grpo.ablation.collapse import collapse_reasons, end_mean
 from stage_grpo.ablation.grid import Cell, Grid
-from stage_grpo.ablation.job import RESULT, SCORES
+from stage_grpo.ablation.job import SCORES, read_result
 from stage_grpo.ablation.plan import PlannedRun
 from stage_grpo.ablation.seeds import SeedMean, mean_over_seeds, paired_over_seeds
 from stage_grpo.benchmarks import GRADED
@@ -83,7 +81,7 @@ class Results:
     Attributes:
         grid: The grid.
         runs: Finished runs.
-        missing: Names of the runs that did not finish.
+        missing: Names of the runs that did not finish; of those that cannot be read path, reason and remedy.
         lines: Lines of the table, in the order of the grid; a line without finished runs is left out.
     """
 
@@ -132,24 +130,49 @@ def collect(grid: Grid, runs: Sequence[PlannedRun]) -> Results:
         runs: Its runs.
 
     Returns:
-        The results.
+        The results, without the runs whose files cannot be read: one damaged file takes no other run along.
 
     Raises:
-        ValueError: No run is finished, or the files of one cannot be read.
+        ValueError: No run is finished and can be read.
     """
-    finished = [_read_run(grid, run) for run in runs if run.job.is_finished and run.before.is_finished]
+    finished, missing = [], []
+    for run in runs:
+        found = _read_run(grid, run)
+        finished += [found] if isinstance(found, FinishedRun) else []
+        missing += [found] if isinstance(found, str) else []
     if not finished:
-        raise ValueError(f"grid {grid.name!r} has no finished run; see {runs[0].job.folder.parent}/*/run.log")
-    there = {run.plan.job.folder for run in finished}
-    missing = [run.job.folder.name for run in runs if run.job.folder not in there]
+        logs = f"{runs[0].job.folder.parent}/*/run.log"
+        raise ValueError(f"grid {grid.name!r} has no finished run that can be read: {', '.join(missing)}; see {logs}")
     by_cell = {cell.label: [run for run in finished if run.plan.cell.label == cell.label] for cell in grid.cells}
     lines = [_line(grid, cell, by_cell) for cell in grid.cells if by_cell[cell.label]]
     return Results(grid, finished, missing, lines)
 
 
-def _read_run(grid: Grid, plan: PlannedRun) -> FinishedRun:
-    before, after = (Scores.load(job.folder / SCORES) for job in (plan.before, plan.job))
+def _read_run(grid: Grid, plan: PlannedRun) -> FinishedRun | str:
+    """A run; or why it is left out, for ``missing``."""
+    if not (plan.job.is_finished and plan.before.is_finished):
+        return plan.job.folder.name
+    folder = plan.before.folder
+    try:
+        before = _scores(folder)
+        folder = plan.job.folder
+        return _finished_run(grid, plan, before, _scores(folder))
+    except (OSError, ValueError) as error:
+        return f"{plan.job.folder} ({error}; delete {folder} to run it again)"
+
+
+def _scores(folder: Path) -> Scores:
+    try:
+        return Scores.load(folder / SCORES)
+    except ValueError as error:
+        # Without the remedy of the message: a finished run is not scored again.
+        raise ValueError(f"{folder / SCORES} cannot be read: {error.__cause__}") from error
+
+
+def _finished_run(grid: Grid, plan: PlannedRun, before: Scores, after: Scores) -> FinishedRun:
     record = read_run(plan.job.folder)
+    if not record.metrics:
+        raise ValueError(f"{plan.job.folder / 'metrics.jsonl'} holds no step")
     gains = {
         measure: found[OVERALL]
         for measure in after.scores
@@ -198,15 +221,17 @@ def guarded(record: RunRecord) -> dict[str, float | None]:
 
     Returns:
         Lines of ``guard.jsonl`` by rules that act; with ``guard: rollback`` how often it went back; with held-out
-        tests how far the last score lies below the best one, of what was taken back too.
+        tests how far the last score lies below the best one, of what was taken back too; None if the last score is
+        not of the last step.
     """
     told = [known for known in read_guard(record.path) if known.rule not in PASSIVE_RULES]
     found: dict[str, float | None] = {ALARMS: len(told)}
     if record.config.get("guard") == "rollback":
         found[ROLLBACKS] = sum(known.action == "rollback" for known in told)
-    kept = record.series("heldout/score")[1]
+    steps, kept = record.series("heldout/score")
     if kept:
-        found[BELOW_BEST] = max([*kept, *(row.get("heldout/score", -math.inf) for row in record.abandoned)]) - kept[-1]
+        taken_back = [row["heldout/score"] for row in record.abandoned if row.get("heldout/score") is not None]
+        found[BELOW_BEST] = max([*kept, *taken_back]) - kept[-1] if steps[-1] == record.num_steps else None
     return found
 
 
@@ -248,7 +273,7 @@ def _run_json(run: FinishedRun) -> dict[str, Any]:
         "collapse": run.collapse,
         "commit": run.record.about.get("commit"),
         "versions": run.record.versions,
-        "result": json.loads((run.plan.job.folder / RESULT).read_text(encoding="utf-8")),
+        "result": read_result(run.plan.job.folder),
     }
 
 

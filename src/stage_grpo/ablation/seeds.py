@@ -23,9 +23,10 @@ class SeedMean:
 
     Attributes:
         value: The mean; None without a value.
-        low: Lower end of the 95 % t interval; None with fewer than two seeds.
-        high: Its upper end.
-        p_value: Two-sided t test of a mean of 0; None with fewer than two seeds, or if all values are equal.
+        low: Lower end of the 95 % t interval; None with fewer than two seeds, and if all values are equal: then there
+            is no spread to judge by.
+        high: Its upper end; None likewise.
+        p_value: Two-sided t test of a mean of 0; None likewise.
         num_seeds: Seeds that had a value.
     """
 
@@ -51,11 +52,11 @@ def mean_over_seeds(values: Sequence[float | None]) -> SeedMean:
     if not kept.size:
         return SeedMean(None, None, None, None, 0)
     mean = float(kept.mean())
-    if kept.size == 1:
-        return SeedMean(mean, None, None, None, 1)
-    error = float(kept.std(ddof=1)) / math.sqrt(kept.size) if np.ptp(kept) > ROUNDING else 0.0
+    if np.ptp(kept) <= ROUNDING:
+        return SeedMean(mean, None, None, None, int(kept.size))
+    error = float(kept.std(ddof=1)) / math.sqrt(kept.size)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, kept.size - 1)) * error
-    p_value = 2 * float(stats.t.sf(abs(mean) / error, kept.size - 1)) if error > 0 else None
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, kept.size - 1))
     return SeedMean(mean, mean - half, mean + half, p_value, int(kept.size))
 
 

@@ -65,10 +65,10 @@ def main_table(results: Results) -> Grid2D:
         label = "before training" if len(results.befores) == 1 else f"before training ({folder.name})"
         rows.append([label, *("" for _ in axes), "", *(number(found.get(name)) for name in names), ""])
     for line in results.lines:
-        cells = [estimate(line.means.get(name, _NOTHING), name in score_names(results)) for name in names]
+        count = len(line.runs)
+        cells = [estimate(line.means.get(name, _NOTHING), count, name in score_names(results)) for name in names]
         place = [line.cell.point[axis] for axis in axes]
-        count = str(len(line.runs))
-        rows.append([line.cell.variant, *place, count, *cells, f"{line.num_collapsed} of {count}"])
+        rows.append([line.cell.variant, *place, str(count), *cells, f"{line.num_collapsed} of {count}"])
     return rows
 
 
@@ -86,7 +86,8 @@ def difference_table(results: Results) -> Grid2D:
     for line in results.lines:
         for other, found in line.differences.items():
             cells = [found.get(name, _NOTHING) for name in names]
-            texts = [text for mean in cells for text in (estimate(mean, True, signed=True), p_value(mean))]
+            count = len(line.runs)
+            texts = [text for mean in cells for text in (estimate(mean, count, True, signed=True), p_value(mean))]
             rows.append([f"{line.cell.label} - {other}", *texts])
     return rows
 
@@ -99,7 +100,8 @@ def notes(results: Results) -> list[str]:
     found = [
         f"Seeds {', '.join(map(str, results.seeds))}; {' or '.join(map(str, steps))} steps a run; test: "
         f"{results.runs[0].after.num_images} images of {test.benchmark}, the same random streams before and after.",
-        "Intervals are 95 % t intervals over seeds; differences pair runs of equal seed. "
+        "Intervals are 95 % t intervals over seeds; differences pair runs of equal seed. A score or difference "
+        "without one is of one seed, or the same in all: there is no spread to judge by. "
         "p values are not corrected for the number of comparisons."
         if num_seeds > 1
         else "One seed: there is no interval over seeds, and nothing here says how another training would end.",
@@ -110,7 +112,7 @@ def notes(results: Results) -> list[str]:
     if len(commits) > 1:
         found.append(f"The runs are of {len(commits)} versions of the source; results.json says which.")
     if results.missing:
-        found.append(f"Not finished, and left out: {', '.join(results.missing)}.")
+        found.append(f"Not finished or not to be read, and left out: {', '.join(results.missing)}.")
     return found
 
 
@@ -131,12 +133,24 @@ def number(value: float | None, signed: bool = False) -> str:
     return f"{value:+.3f}" if signed else f"{value:.3f}"
 
 
-def estimate(mean: SeedMean, with_interval: bool, signed: bool = False) -> str:
-    """A mean, with its interval where there is one and it is asked for."""
+def estimate(mean: SeedMean, num_runs: int, with_interval: bool, signed: bool = False) -> str:
+    """A mean, with its interval where there is one and it is asked for.
+
+    Args:
+        mean: The mean.
+        num_runs: Runs of its line; where some had no value, the text tells how many had one.
+        with_interval: Whether to give the interval.
+        signed: Whether to give a plus sign.
+    """
     text = number(mean.value, signed)
-    if not with_interval or mean.low is None:
-        return text
-    return f"{text} [{number(mean.low, signed)}, {number(mean.high, signed)}]"
+    if with_interval and mean.low is not None:
+        text += f" [{number(mean.low, signed)}, {number(mean.high, signed)}]"
+    return text if mean.value is None or mean.num_seeds >= num_runs else f"{text} ({share(mean, num_runs)})"
+
+
+def share(mean: SeedMean, num_runs: int) -> str:
+    """How many of a line's runs a mean is of, e.g. ``1 of 2``."""
+    return f"{mean.num_seeds} of {num_runs}"
 
 
 def p_value(mean: SeedMean) -> str:

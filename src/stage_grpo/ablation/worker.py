@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from stage_grpo.ablation.grid import HeldoutTest
-from stage_grpo.ablation.job import CONFIG, LOG, PROMPTS, RESULT, SCORES, TEST
+from stage_grpo.ablation.job import CONFIG, LOG, PROMPTS, RESULT, SCORES, TEST, read_result
 from stage_grpo.ablation.plan import test_sampling
 from stage_grpo.config import StageConfig, parse_config
 from stage_grpo.guard_record import ROLLED_BACK, read_guard
@@ -157,7 +157,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with FileLock(folder / _LOCK):
-        if not (folder / RESULT).is_file():
+        if read_result(folder) is None:
             run_job(folder)
 
 
