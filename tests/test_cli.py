@@ -203,18 +203,31 @@ def test_a_stopped_demo_says_so_and_draws_with_the_recipes_template(workplace, m
         monkeypatch.setattr(demo, name, lambda source: None)
     monkeypatch.setattr(demo, "generate", lambda *args, prompt_template: templates.append(prompt_template))
     monkeypatch.setattr(demo, "evaluate", lambda *args: Mock(spec=Scores))
-    monkeypatch.setattr(demo, "train", lambda *args: TrainingResult(workplace / "out", "SIGINT", 3, True, True))
+    monkeypatch.setattr(demo, "train", lambda *args: TrainingResult(workplace / "out", "SIGINT", 3, None, True))
     write_recipe(workplace, prompt_template="t2i_r1", model="absent")
     with pytest.raises(SystemExit):
         main(["demo", "--recipe", "run.yaml", "--prompts", "prompts.txt"])
     assert "SIGINT ended the training after step 3" in capsys.readouterr().err and templates == ["t2i_r1"]
 
 
-@pytest.mark.parametrize(("can_continue", "told"), [(True, "--resume auto"), (False, "--model out/checkpoint-3")])
-def test_a_stopped_run_prints_what_can_be_done_next(can_continue, told, workplace, monkeypatch, capsys):
-    result = TrainingResult(Path("out"), "SIGTERM", 3, can_continue, True)
+@pytest.mark.parametrize(("anew", "told"), [(None, "--resume auto"), ("begin a new run", "\n  begin a new run\n")])
+def test_a_stopped_run_prints_what_can_be_done_next(anew, told, workplace, monkeypatch, capsys):
+    result = TrainingResult(Path("out"), "SIGTERM", 3, anew, True)
     monkeypatch.setattr(training, "train", lambda config: result)
     assert told in run(capsys, "train run.yaml")
+
+
+def test_a_new_run_begins_from_a_checkpoint_as_it_is_told(workplace, checkpoint, capsys):
+    save = "--save_strategy steps --save_steps 1 --save_only_model true"
+    run(capsys, f"train run.yaml --max_steps 1 --learning_rate 0.1 --weight_decay 0.5 {save}")
+    with pytest.raises(SystemExit):
+        main(["train", "run.yaml"])
+    _, words = capsys.readouterr().err.strip().split("begin a new run with ")
+    assert words == f"--model out/checkpoint-1 --ref_model {checkpoint} --resume never"
+    run(capsys, f"train run.yaml --max_steps 1 --output_dir new {words}")
+    row = json.loads((workplace / "new" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["kl"] > 1e-4  # of the policy that was trained, against the one that it was trained from
+    assert (workplace / "new" / "processor_config.json").is_file()
 
 
 def run(capsys, line, *more):

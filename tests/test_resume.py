@@ -1,5 +1,6 @@
 """A run that was interrupted and continued is the run that was not; what is torn is never taken for whole."""
 
+import json
 import os
 import resource
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from conftest import PROMPTS
 from stage_grpo.cli import main
 from stage_grpo.policy.adapters import is_adapter
-from stage_grpo.resuming import MATHS, NEUTRAL, NO_EFFECT, NO_RESULT, changes
+from stage_grpo.resuming import MATHS, NEUTRAL, NO_EFFECT, NO_RESULT, begin_anew, changes, check_continuable
 from stage_grpo.run_checkpoints import defect, newest_whole, rotate, seal
 from stage_grpo.run_folder import RunFolder
 from stage_grpo.run_record import read_run
@@ -142,6 +143,31 @@ def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
+
+
+def test_what_cannot_be_continued_is_told_with_what_can(tmp_path):
+    config = {"model": "a/janus", "ref_model": None, "beta": 0.01}
+
+    def state(processes, **changes):
+        (tmp_path / "run_state.json").write_text(
+            json.dumps({"world_size": processes, "config": {**config, **changes}})
+        )
+
+    with pytest.raises(ValueError, match=r"has no run_state\.json, so it is no checkpoint of a run of this project"):
+        check_continuable(tmp_path, 8, True)
+    state(8)
+    check_continuable(tmp_path, 8, True)
+    check_continuable(tmp_path, 4, False)
+    anew = f"begin a new run with --model {tmp_path} --ref_model a/janus --resume never"
+    with pytest.raises(ValueError) as error:
+        check_continuable(tmp_path, 4, True)
+    assert str(error.value).endswith(f"and DeepSpeed continues with as many alone, not with 4; start 8, or {anew}")
+    state(4, save_only_model=True, ref_model="b/janus")
+    with pytest.raises(ValueError) as error:
+        check_continuable(tmp_path, 4, True)
+    assert str(error.value).endswith(f"no optimizer can continue; {anew.replace('a/janus', 'b/janus')}")
+    assert begin_anew("c", {**config, "beta": 0}) == "begin a new run with --model c --resume never"
+    assert "stage merge c MERGED" in begin_anew("c", {**config, "use_peft": True})
 
 
 DAMAGE = {

@@ -84,9 +84,9 @@ def _train(program: str, words: list[str]) -> None:
     checkpoint = f"{result.folder}/checkpoint-{result.step}"
     if result.stopped_by is None:
         print(f"saved {result.folder}")
-    elif not result.can_continue:
-        print(f"{result.stopped_by}: saved {checkpoint}; save_only_model leaves nothing to continue with, a new run")
-        print(f"  begins from it with --model {checkpoint} --resume never")
+    elif result.only_anew is not None:
+        print(f"{result.stopped_by}: saved {checkpoint}; save_only_model leaves nothing to continue with:")
+        print(f"  {result.only_anew}")
     else:
         # The last of several equal flags counts. A launcher's own words are not known here.
         again = shlex.join([*program.split(), *words, "--resume", "auto"])

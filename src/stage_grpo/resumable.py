@@ -24,9 +24,16 @@ from trl import GRPOTrainer
 
 from stage_grpo.averaging import AverageCallback
 from stage_grpo.checkpoints.errors import shorten
-from stage_grpo.resuming import LINEAGE, RUN_STATE, checkpoint_to_resume, fingerprint, report_changes
+from stage_grpo.resuming import (
+    LINEAGE,
+    RUN_STATE,
+    check_continuable,
+    checkpoint_to_resume,
+    fingerprint,
+    report_changes,
+)
 from stage_grpo.rewards.combination import RewardSum
-from stage_grpo.run_checkpoints import PARTIAL, publish, rotate, seal
+from stage_grpo.run_checkpoints import PARTIAL, not_written, publish, rotate, seal
 from stage_grpo.run_folder import RunFolder, write_atomically
 from stage_grpo.shards import LocalShards
 
@@ -45,6 +52,7 @@ class ResumableTrainer(GRPOTrainer):
     Attributes:
         lineage: Marks of the checkpoints on the way of this training, in the main process; a run folder may hold
             others, of an earlier run or of steps that a resume went back behind.
+        processor: What checkpoints keep beside the weights, so that a model can be loaded from them; None: nothing.
     """
 
     args: Any  # a StageConfig: TRL's own annotations would hide its fields
@@ -58,6 +66,7 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lineage: list[str] = []
+        self.processor: Any = None
         self.averaging = None if self.args.ema_decay is None else AverageCallback(self.args.ema_decay)
         if self.averaging is not None:
             self.add_callback(self.averaging)
@@ -90,7 +99,7 @@ class ResumableTrainer(GRPOTrainer):
                 shutil.rmtree(partial.parent)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial.parent, ignore_errors=True)
-            raise OSError(_not_written(run, partial.name, error)) from error
+            raise OSError(not_written(run, partial.name, error)) from error
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
@@ -122,6 +131,8 @@ class ResumableTrainer(GRPOTrainer):
                 "reward_sum": self.reward_sum.state_dict(),
             }
             write_atomically(folder / RUN_STATE, json.dumps(state, indent=2) + "\n")
+            if self.processor is not None:
+                self.processor.save_pretrained(folder)
 
     def _protected(self) -> set[Path]:
         """Checkpoints that no limit may delete."""
@@ -147,13 +158,15 @@ class ResumableTrainer(GRPOTrainer):
             **kwargs: As in ``transformers.Trainer``.
 
         Raises:
-            ValueError: If the checkpoint is missing, torn or damaged.
+            ValueError: If the checkpoint is missing, torn or damaged, or nothing that this run could continue.
         """
         wish = {True: "auto", False: "never", None: "never"}.get(resume_from_checkpoint, resume_from_checkpoint)
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
                 found[0] = checkpoint_to_resume(Path(self.args.output_dir), str(wish))
+                if found[0] is not None:
+                    check_continuable(found[0], self.accelerator.num_processes, self.is_deepspeed_enabled)
             except ValueError as error:
                 found[1] = str(error)  # raised in every process, so that none waits for the others
         broadcast_object_list(found)
@@ -198,15 +211,9 @@ class ResumableTrainer(GRPOTrainer):
         """Read what :meth:`_save_rest` wrote.
 
         Raises:
-            ValueError: If there is no optimizer to continue with, or if a rollout is under way that this run cannot
-                finish, as with another number of processes.
+            ValueError: If a rollout is under way that this run cannot finish, as with another number of processes.
         """
         state = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
-        if state["config"].get("save_only_model"):
-            raise ValueError(
-                f"{folder} was saved with save_only_model, so no optimizer can continue; begin a new run with --model "
-                f"{folder} --resume never"
-            )
         self.lineage = state[LINEAGE]
         self._restore_place(folder, state)
         self.reward_sum.load_state_dict(state.get("reward_sum", {}))
@@ -288,9 +295,3 @@ class ResumableTrainer(GRPOTrainer):
         """Evaluate as TRL does, with the averaged weights if they are kept."""
         with self.averaged():
             return super().evaluate(*args, **kwargs)
-
-
-def _not_written(run: Path, name: str, error: BaseException) -> str:
-    kept = sorted(path.name for path in run.glob("checkpoint-*"))
-    untouched = f"untouched are {', '.join(kept)}" if kept else "there is no earlier one"
-    return f"{name} could not be written to {run} ({error}); {untouched}; free space, then continue with --resume auto"

@@ -80,6 +80,44 @@ def checkpoint_to_resume(run: Path, wish: str) -> Path | None:
     return found
 
 
+def check_continuable(checkpoint: Path, num_processes: int, uses_deepspeed: bool) -> None:
+    """Refuse a checkpoint that is whole, but not for this run to continue.
+
+    Args:
+        checkpoint: A checkpoint folder.
+        num_processes: Those of this run.
+        uses_deepspeed: Whether DeepSpeed will load it.
+
+    Raises:
+        ValueError: If it is not of this trainer, holds no optimizer, or one that is split otherwise.
+    """
+    path = checkpoint / RUN_STATE
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {RUN_STATE}, so it is no checkpoint of a run of this project")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    anew = begin_anew(str(checkpoint), state["config"])
+    if state["config"].get("save_only_model"):
+        raise ValueError(f"{checkpoint} was saved with save_only_model, so no optimizer can continue; {anew}")
+    if uses_deepspeed and state["world_size"] != num_processes:
+        raise ValueError(
+            f"{checkpoint} is of {state['world_size']} processes, and DeepSpeed continues with as many alone, "
+            f"not with {num_processes}; start {state['world_size']}, or {anew}"
+        )
+
+
+def begin_anew(checkpoint: str, config: dict[str, Any]) -> str:
+    """How a new run begins from a checkpoint's weights, with the reference that its run had.
+
+    Args:
+        checkpoint: The checkpoint folder.
+        config: Configuration of its run.
+    """
+    if config.get("use_peft"):
+        return f"begin a new run: stage merge {checkpoint} MERGED, then --model MERGED --resume never"
+    reference = f" --ref_model {config.get('ref_model') or config.get('model')}" if config.get("beta") else ""
+    return f"begin a new run with --model {checkpoint}{reference} --resume never"
+
+
 def _named(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"resume={str(folder)!r} is no folder; give auto, never, or a checkpoint-N folder of a run")

@@ -50,6 +50,13 @@ def publish(partial: Path, final: Path) -> None:
         shutil.rmtree(aside)
 
 
+def not_written(run: Path, name: str, error: BaseException) -> str:
+    """Say that a checkpoint could not be written, what is left, and what to do."""
+    kept = sorted(path.name for path in run.glob("checkpoint-*"))
+    untouched = f"untouched are {', '.join(kept)}" if kept else "there is no earlier one"
+    return f"{name} could not be written to {run} ({error}); {untouched}; free space, then continue with --resume auto"
+
+
 def defect(folder: Path, hashes: bool = True) -> str | None:
     """Say what is wrong with a checkpoint.
 

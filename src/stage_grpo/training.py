@@ -22,6 +22,7 @@ from stage_grpo.heldout_plan import HeldoutPlan, check_heldout, plan_heldout
 from stage_grpo.policy import load_policy, load_tokenizer
 from stage_grpo.policy.adapters import check_no_adapter
 from stage_grpo.preflight import build_rewards, check_files
+from stage_grpo.resuming import begin_anew
 from stage_grpo.rewards.base import Reward
 from stage_grpo.run_checkpoints import PARTIAL
 from stage_grpo.trainer import StageTrainer
@@ -45,14 +46,14 @@ class TrainingResult:
         stopped_by: What stopped the run before its end, e.g. ``"SIGTERM"``, or the guard and why; None if it ended by
             itself.
         step: Optimizer steps taken in all.
-        can_continue: Whether its checkpoints have an optimizer to continue with.
+        only_anew: Where its checkpoints hold no optimizer to continue with: how a new run begins from the last one.
         is_main_process: Whether this process is the one to report.
     """
 
     folder: Path
     stopped_by: str | None
     step: int
-    can_continue: bool
+    only_anew: str | None
     is_main_process: bool
 
 
@@ -100,7 +101,9 @@ def train(config: StageConfig, callbacks: list[TrainerCallback] | None = None) -
         Path(str(config.output_dir)),
         (trainer.guard.stopped_by or stop.received or "a signal") if stopped else None,
         trainer.state.global_step,
-        not config.save_only_model,
+        begin_anew(f"{config.output_dir}/checkpoint-{trainer.state.global_step}", config.to_json())
+        if config.save_only_model
+        else None,
         trainer.accelerator.is_main_process,
     )
 
@@ -131,6 +134,7 @@ def _trainer(parts: _Parts, policy: Any, stop: GracefulStop, has_begun: bool = F
     )
     stop.watch(trainer.accelerator)
     trainer.guard.stop = stop
+    trainer.processor = parts.processor
     if parts.plan is not None:
         trainer.add_callback(_heldout_evaluation(trainer, parts.plan, parts.processor, stop, has_begun))
     return trainer

@@ -7,7 +7,6 @@ A reward looks at a batch of finished images and says how good each is. It is a 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from stage_grpo.plug_ins import check_call
 from stage_grpo.rewards.cells import as_cell, as_metadata
 from stage_grpo.rewards.failures import FailureWatch, failures, most_common
 from stage_grpo.rewards.result import RewardResult, check_result
@@ -188,25 +188,17 @@ class FunctionReward(Reward):
         self.shares = function.__module__  # such as a model in a global variable
         self._function = function
         self._arguments = dict(options or {})
-        _check_call(self.name, function, self._arguments)
+        try:
+            check_call(function, [[], [], []], self._arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"reward {self.name!r} cannot be called as f(images, prompts, metadata): {error}; let it take these "
+                "three, and give what else it needs a default, or an option"
+            ) from error
 
     def compute(self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]) -> Any:
         """Calls the function. See :meth:`Reward.compute`."""
         return self._function(images, prompts, metadata, **self._arguments)
-
-
-def _check_call(name: str, function: RewardFunction, options: dict[str, Any]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # written in C, without a word on its parameters
-        return
-    try:
-        signature.bind([], [], [], **options)
-    except TypeError as error:
-        raise ValueError(
-            f"reward {name!r} cannot be called as f(images, prompts, metadata): {error}; let it take these three, and "
-            "give what else it needs a default, or an option"
-        ) from error
 
 
 def as_reward(reward: Reward | RewardFunction) -> Reward:
