@@ -3,14 +3,19 @@
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import PROMPTS
+from stage_grpo import launch
+from stage_grpo.cli import main
 from stage_grpo.config import StageConfig
+from stage_grpo.planning.sizes import policy_sizes
 from stage_grpo.policy import left_pad, load_policy, load_tokenizer
 from stage_grpo.policy.loading import POLICIES
 from stage_grpo.rollout import decode_images, rollout
@@ -18,7 +23,8 @@ from stage_grpo.sampling import Sampling, image_uniforms
 from stage_grpo.shapes.tiny import build_text_tokenizer
 from stage_grpo.trainer import StageTrainer
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding_a_model.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "adding_a_model.md"
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,33 @@ def test_the_loader_finds_the_family_by_its_model_type(policy, mosaic):
     assert type(policy) is mosaic.MosaicPolicy and policy.num_image_tokens == 16
     training = {name.split(".")[0] for name, p in policy.named_parameters() if p.requires_grad}
     assert training == {"model"}
+
+
+@pytest.fixture
+def as_in_a_new_process(mosaic, monkeypatch):
+    """The family is in the table, but its module is not imported yet, so transformers does not know it."""
+    monkeypatch.delitem(sys.modules, "mosaic")
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "mosaic")
+
+
+def test_a_plan_counts_the_family(policy, folder, as_in_a_new_process):
+    sizes = policy_sizes(folder, "float32")
+    assert sizes.total == sum(sizes.parts.values()) == sum(p.numel() for p in policy.parameters())
+    assert sizes.language_model == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # The head's two layers of 32 x 32 and 32 x 27; a code is looked up, not multiplied.
+    assert (sizes.head_matmul, sizes.code_matmul) == (32 * 32 + 32 * 27, 0)
+
+
+def test_plan_and_launch_take_the_family(folder, as_in_a_new_process, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 8)
+    words = ["configs/train/geneval.yaml", "--model", folder, "--train_prompts", "assets/shapes/train.jsonl"]
+    words += ["--rewards", "shapes", "--save_strategy", "no"]
+    main(["plan", *words])
+    assert f"{64 * 16 * 1600:,}" in capsys.readouterr().out  # image tokens of the run
+    main(["launch", *words, "--dry-run"])
+    out = capsys.readouterr().out
+    assert "nothing is missing" in out and f"--model {folder}" in out
 
 
 def test_colours_and_their_vectors_by_hand(policy):

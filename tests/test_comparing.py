@@ -338,11 +338,13 @@ def test_published_rows_stand_beside_ones_own(tmp_path):
     assert re.search(r"^STAGE \(best\) +0\.89 +0\.99 +0\.95 +0\.82 +0\.90 +0\.89 +0\.79$", text, re.MULTILINE)
     assert re.search(r"^STAGE \(HPS\+GDino\+Git\) +0\.81 +- +- ", text, re.MULTILINE)
     assert "Source: arXiv:2509.25027, Tables 1-9" in text and "without an interval" in text
+    assert re.search(r"^T2I-R1: its own inference writes a plan in words before every image", text, re.MULTILINE)
     assert "STAGE (best)" not in main_compare("stage compare", paths)
     for name in ("c.md", "c.html", "c.json"):
         assert main_compare("stage compare", [*words, "--out", str(tmp_path / name)]).endswith(f"{name}")
         content = (tmp_path / name).read_text()
         assert "2509.25027" in content and "STAGE (best)" in content
+        assert content.count("its own inference writes a plan in words") >= 1
     shapes = [*files(tmp_path, scored(), scored()), "--published"]
     assert "There are no published results of Shapes world (strict)." in main_compare("stage compare", shapes)
 

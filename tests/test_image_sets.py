@@ -69,6 +69,19 @@ def rows_file(folder: Path, rows: list[PromptRow] = ROWS) -> Path:
     return path
 
 
+def test_jpegs_are_saved_as_the_protocol_of_hps_saves_them(tmp_path: Path) -> None:
+    """HPSv2's README: ``image.save("00000.jpg")``, and nothing more."""
+    noise = Image.effect_noise((48, 48), 90)
+    picture = Image.merge("RGB", (noise, noise.rotate(90), noise.rotate(180)))
+    save_image(tmp_path / "ours.jpg", picture, {"prompt": "a dog"})
+    picture.save(tmp_path / "theirs.jpg")
+    with Image.open(tmp_path / "ours.jpg") as ours, Image.open(tmp_path / "theirs.jpg") as theirs:
+        assert ours.tobytes() == theirs.tobytes() != picture.tobytes()
+    save_image(tmp_path / "ours.png", picture, {})
+    with Image.open(tmp_path / "ours.png") as ours:
+        assert ours.tobytes() == picture.tobytes()
+
+
 # --- whole sets ------------------------------------------------------------------------------------------
 
 
@@ -99,6 +112,41 @@ def test_a_set_of_another_program_needs_no_records(layout: str, tmp_path: Path) 
         pixels.save(path)  # without what stage generate writes into a file
     found = read_image_set(toy(layout), folder, ROWS)
     assert found.problems == [] and len(found.images) == 8
+
+
+def renumbered(folder: Path) -> Path:
+    """The same images under numbers of other widths, which GenEval's own scorer reads as well."""
+    for path in sorted(folder.glob("*/samples/*.png")):
+        path.rename(path.with_name(f"{int(path.stem)}.png"))
+    for path in sorted(folder.glob("0*")):
+        path.rename(folder / f"{int(path.name):03d}")
+    return folder
+
+
+@pytest.mark.parametrize("num_images", [None, NUM_IMAGES])
+def test_folders_and_images_of_another_program_go_by_their_numbers(tmp_path: Path, num_images: int | None) -> None:
+    folder = renumbered(undescribed(write_set(tmp_path / "set", "geneval")))
+    found = read_image_set(toy("geneval"), folder, ROWS, num_images)
+    assert found.problems == []
+    assert [(i.path, i.index, i.sample) for i in found.images] == [
+        (f"{index:03d}/samples/{sample}.png", index, sample) for index in range(4) for sample in range(2)
+    ]
+    (folder / "001/samples/1.png").rename(folder / "001/samples/1.jpg")
+    (folder / "002/samples/0.png").unlink()
+    shutil.copy(folder / "003/samples/1.png", folder / "003/samples/01.png")
+    shutil.copy(folder / "003/samples/1.png", folder / "003/samples/7.png")
+    told = "\n".join(read_image_set(toy("geneval"), folder, ROWS, num_images).problems)
+    assert "001/samples/1.jpg: the benchmark's own scorer reads .png only" in told
+    assert "00002/samples/00000.png: missing" in told
+    assert all(f"003/samples/{name}.png: belongs to no prompt" in told for name in ("1", "7"))
+    assert told.count("\n") == 3
+
+
+def test_our_own_sets_keep_their_names(tmp_path: Path) -> None:
+    folder = renumbered(write_set(tmp_path / "set", "geneval"))
+    assert read_image_set(toy("geneval"), folder, ROWS).images == []
+    (folder / "manifest.jsonl").unlink()
+    assert read_image_set(toy("geneval"), folder, ROWS).images == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -129,7 +129,7 @@ def test_the_template_of_a_run_goes_before_the_published_one(checkpoint, tmp_pat
         (
             "geneval",
             ["--semantic_cot", "True"],
-            "semantic_cot=True: a plan in words before the image is not supported",
+            "semantic_cot=True: a plan in words before the image is not supported, so the images of T2I-R1's own",
         ),
         ("geneval", ["--semantic_cot", "maybe"], "'maybe' is neither True nor False"),
         ("geneval", ["--image-size", "384"], "image_size=384: this model draws 48 px"),

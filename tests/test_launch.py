@@ -1,5 +1,6 @@
 """Recipes, launcher configurations and `stage launch`: each read by the library it is for, and really started."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -22,14 +23,20 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 from stage_grpo import launch, preflight, supervise, training
 from stage_grpo.cli import main
 from stage_grpo.config import parse_config
+from stage_grpo.planning.disk import held_bytes
+from stage_grpo.planning.plan import make_plan
 from stage_grpo.planning.sizes import policy_sizes
 from stage_grpo.policy import loading
+from stage_grpo.run_checkpoints import seal
 
 ROOT = Path(__file__).parents[1]
 TINY = "assets/tiny-janus-shapes"
 PROMPTS = "assets/shapes/train.jsonl"
 WAYS = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
 RECIPES = sorted((ROOT / "configs/train").glob("*.yaml"))
+OF_OTHERS = ("t2i_r1", "ar_grpo")
+"""Recipes of other methods than the paper's."""
+OF_THE_PAPER = [path for path in RECIPES if path.stem not in OF_OTHERS]
 HERE = {"--model": TINY, "--train_prompts": PROMPTS, "--rewards": "shapes", "--save_strategy": "no"}
 """What is on every machine that has the repository."""
 
@@ -64,7 +71,7 @@ def test_every_value_says_where_it_comes_from(recipe):
             assert "# " in line or lines[i - 1].startswith("#"), f"line {i + 1}: {line}"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", OF_THE_PAPER, ids=lambda path: path.stem)
 def test_recipes_have_the_papers_values(recipe):
     config = parse_config("stage train", [str(recipe)])
     name = recipe.stem.removeprefix("grpo_").removesuffix("_1b")
@@ -83,6 +90,33 @@ def test_recipes_have_the_papers_values(recipe):
     assert config.entropy_reward_weight == (0.4 if is_stage and uses_geneval else 0)
     assert config.model == f"deepseek-community/Janus-Pro-{'1B' if recipe.stem.endswith('_1b') else '7B'}"
     assert config.output_dir == f"outputs/{recipe.stem}"
+
+
+def test_recipes_of_other_methods_have_their_scripts_values():
+    # Typed in from run_grpo.sh of T2I-R1 and run_t2i_train.sh of AR-GRPO.
+    t2i_r1, ar_grpo = (parse_config("stage train", [f"configs/train/{name}.yaml"]) for name in OF_OTHERS)
+    assert (t2i_r1.learning_rate, t2i_r1.beta, t2i_r1.guidance_scale, t2i_r1.max_steps) == (1e-6, 0.01, 5, 1600)
+    assert (ar_grpo.learning_rate, ar_grpo.beta, ar_grpo.guidance_scale, ar_grpo.max_steps) == (1e-5, 1, 4, 600)
+    assert t2i_r1.rewards == ["hps", "git", "gdino", "orm"] and t2i_r1.reward_weights is None
+    assert [t2i_r1.gradient_accumulation_steps, ar_grpo.gradient_accumulation_steps] == [2, 1]
+    # Of the script's 5 cos, 5 cos, 2 score and points / 4; vlm_judge gives points / 5.
+    weights = dict(zip(ar_grpo.rewards, ar_grpo.reward_weights))
+    assert weights == {"clip": 5, "hps": 5, "maniqa": 2, "vlm_judge": 5 / 4}
+    for config in (t2i_r1, ar_grpo):
+        assert not config.reweight_advantages and not config.reweight_kl and config.entropy_reward_weight == 0
+        assert (config.num_generations, config.per_device_train_batch_size, config.temperature) == (8, 8, 1)
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_rewards_of_other_methods_lack_what_can_be_got(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("STAGE_WEIGHTS", str(tmp_path))
+    config = parse_config("stage train", [f"configs/train/{name}.yaml"])
+    remedies = {remedy for _, remedy in preflight._rewards(config)} - {"pip install 'stage-grpo[iqa]'"}
+    weights = {
+        "t2i_r1": {"hps-v2.1", "git-large-vqav2", "grounding-dino-tiny", "orm-t2i-r1"},
+        "ar_grpo": {"clip-vit-base-patch32", "hps-v2.1", "qwen2.5-vl-7b"},
+    }[name]
+    assert remedies == {f"stage weights get {entry}" for entry in weights}
 
 
 def test_baselines_differ_from_stage_in_the_method_alone():
@@ -220,10 +254,12 @@ def test_weights_must_be_whole(tmp_path, monkeypatch):
     assert problems(folder) == []
     ((what, remedy),) = preflight._weights("model", "some/model")
     assert what == "model some/model is a hub name in DeepSeek's own format"
-    assert remedy.startswith("hf download some/model --local-dir model, then --model model; or --model deepseek-commu")
+    assert remedy == "hf download some/model --local-dir model, then --model model"
+    ((_, remedy),) = preflight._weights("ref_model", "deepseek-ai/Janus-Pro-7B")
+    assert remedy.endswith("then --ref_model Janus-Pro-7B; or --ref_model deepseek-community/Janus-Pro-7B")
     original = {"model_type": "multi_modality"}
     monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", lambda name: (original, {}))
-    with pytest.raises(ValueError, match="own format; hf download some/model --local-dir model"):
+    with pytest.raises(ValueError, match=r"own format; hf download some/model --local-dir model, then --model model$"):
         loading.load_policy("some/model")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "adapter_config.json").write_text("{}")
@@ -248,6 +284,64 @@ def test_paths_rewards_and_disk_are_named(tmp_path, gpus):
         "reward 'absent_module:f' cannot be imported",
         f"output_dir {tmp_path / 'file'} cannot be made: {tmp_path / 'file'} is a file",
     ]
+
+
+def checkpoint_of(run, name, size):
+    """A whole checkpoint of so many bytes, and a few."""
+    (run / name).mkdir(parents=True)
+    with (run / name / "weights").open("wb") as file:
+        file.truncate(size)
+    seal(run / name)
+
+
+def test_a_run_that_continues_needs_room_for_what_is_not_there_yet(tmp_path, gpus, monkeypatch):
+    run, recipe = tmp_path / "run", "configs/train/geneval.yaml"
+    changes = {"output_dir": run, "save_strategy": "steps", "save_total_limit": 2}
+    done = prepared(recipe, "--gpus", "2", **changes).plan.work
+    size = done.checkpoint_bytes
+    assert done.disk_bytes == 3 * size + done.final_bytes
+    for name in ("checkpoint-100", "checkpoint-200"):
+        checkpoint_of(run, name, size)
+
+    def lacking(free, **more):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        return prepared(recipe, "--gpus", "2", **{**changes, **more}).lacking
+
+    # The third, before the first is deleted, and the weights at the end.
+    assert lacking(size + done.final_bytes) == []
+    ((what, _),) = lacking(size + done.final_bytes - 1)
+    assert "GB of it are there), and" in what
+    assert lacking(size + done.final_bytes, output_dir=tmp_path / "other") != []
+    assert lacking(size + done.final_bytes, resume="never") == []
+
+
+def test_of_what_is_there_counts_what_goes_or_stays_in_its_place(tmp_path):
+    def held(num_checkpoints=3, **changes):
+        config = parse_config("stage plan", ["configs/train/geneval.yaml", *words(output_dir=tmp_path, **changes)])
+        plan = make_plan(config, 2)
+        done = dataclasses.replace(plan.work, num_checkpoints=num_checkpoints, checkpoint_bytes=1000)
+        return held_bytes(config, dataclasses.replace(done, weights_bytes=300, final_bytes=900))
+
+    assert held() == 0
+    checkpoint_of(tmp_path, "checkpoint-100", 600)
+    whole = sum(path.stat().st_size for path in (tmp_path / "checkpoint-100").iterdir())
+    assert 600 < whole < 1000 and held() == whole
+    assert held(1) == held(0) == 0  # the only one is deleted when its successor is whole
+    (tmp_path / "checkpoint-150").mkdir()
+    (tmp_path / "checkpoint-150" / "weights").write_bytes(b"torn")
+    assert held() == whole  # it stays, and is no part of the plan
+    checkpoint_of(tmp_path, "checkpoint-157", 600)
+    several = sum(path.stat().st_size for path in (tmp_path / "checkpoint-157").iterdir()) + whole
+    assert held() == min(several, 2000) and held(2) == 1000  # the limit deletes it
+    config = {"save_total_limit": "None"}
+    assert held(16, **config) == whole  # without a limit it stays beside those of every 100 steps
+    (tmp_path / ".partial" / "checkpoint-200").mkdir(parents=True)
+    (tmp_path / ".partial" / "checkpoint-200" / "weights").write_bytes(b"0" * 50)
+    assert held(1) == 50
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "model.safetensors").write_bytes(b"0" * 310)
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 300)
+    assert held(1) == 50 + 600  # the last and the best; there must be room for a third
 
 
 def test_a_reward_of_ones_own_may_stand_in_the_folder(tmp_path, gpus, monkeypatch):

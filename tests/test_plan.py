@@ -124,6 +124,36 @@ def test_an_unknown_model_says_how_to_get_its_config():
         policy_sizes("someone/else")
 
 
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    """Puts a config into an empty hub cache, under a name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def put(name, config):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "snapshots/abc").mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text("abc")
+        (repository / "snapshots/abc/config.json").write_text(json.dumps(config))
+
+    return put
+
+
+def test_a_cached_name_is_read_in_either_format(hub_cache):
+    hub_cache("someone/tuned", fixture_of("pro_1b")["config"])
+    hub_cache("someone/small", json.loads(Path(TINY, "config.json").read_text()))
+    tuned = policy_sizes("someone/tuned")
+    assert tuned.source == "someone/tuned in the hub cache"
+    assert tuned.total == policy_sizes("deepseek-ai/Janus-Pro-1B").total
+    assert policy_sizes("someone/small").total == policy_sizes(TINY).total
+    hub_cache("someone/flow", {"model_type": "multi_modality"})
+    with pytest.raises(ValueError, match=r"not a Janus or Janus-Pro checkpoint: its config.json lacks vision_config"):
+        policy_sizes("someone/flow")
+    hub_cache("someone/text", {"model_type": "llama"})
+    with pytest.raises(ValueError, match=r"'someone/text' is a 'llama'; supported families: \['janus'\]"):
+        policy_sizes("someone/text")
+
+
 # Memory
 
 
@@ -356,6 +386,26 @@ def test_disk_by_hand(recipe, lora_recipe, sizes_7b):
     adapters = work.work(run_of(lora_recipe, sizes_7b, num_gpus=1, parallel="ddp"))
     assert adapters.checkpoint_bytes == 12 * 30 * 32 * (4 * 8192 + 3 * 15104)
     assert work.work(run_of(changed(recipe, save_strategy="no"), sizes_7b)).num_checkpoints == 0
+    # checkpoint-0, and that of the best held-out test beside the limit.
+    rollback = {"guard": "rollback", "max_steps": 100, "save_steps": 50}
+    counts = [
+        work.work(run_of(changed(recipe, **rollback, **limit), sizes_7b)).num_checkpoints
+        for limit in ({"save_total_limit": None}, {"save_total_limit": 1}, {"save_total_limit": 2})
+    ]
+    assert counts == [3, 2, 3]
+    tested = changed(recipe, **rollback, save_total_limit=1, heldout_benchmark="geneval")
+    assert work.work(run_of(tested, sizes_7b)).num_checkpoints == 3
+
+
+def test_disk_of_weights_alone_by_hand(recipe, lora_recipe, sizes_7b):
+    def checkpoint(config, **spread):
+        return work.work(run_of(changed(config, save_only_model=True), sizes_7b, **spread)).checkpoint_bytes
+
+    assert checkpoint(recipe) == checkpoint(recipe, parallel="zero2") == 2 * 7_407_773_323
+    # FSDP2 trains in float32, and so it saves.
+    assert checkpoint(recipe, parallel="fsdp2") == 4 * 6_490_935_296 + 2 * 916_838_027
+    assert checkpoint(changed(recipe, ema_decay=0.999)) == 2 * 7_407_773_323 + 4 * 6_490_935_296
+    assert checkpoint(lora_recipe, num_gpus=1, parallel="ddp") == 4 * 30 * 32 * (4 * 8192 + 3 * 15104)
 
 
 # The plan

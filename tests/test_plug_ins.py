@@ -21,7 +21,7 @@ def plain(codes, advantages, entropies, step):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The current folder, with a module that no other test has; as under the command ``stage`` it is not on the path."""
+    """The current folder, with a module of its own; as under the command ``stage`` it is not on the path."""
     name = f"own_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def test_installed_modules_go_before_those_of_the_folder(here, tmp_path):
 def test_what_is_nowhere_leaves_the_path_alone(here, tmp_path):
     before = list(sys.path)
     with pytest.raises(
-        ValueError, match="'x' cannot be imported .No module named 'absent_module'.; write module.path"
+        ValueError, match=r"'x' cannot be imported .No module named 'absent_module'.; write module.path"
     ):
         load_target("absent_module:f", "'x'")
     assert sys.path == before

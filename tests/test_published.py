@@ -112,6 +112,16 @@ def test_wrong_tables_are_refused(change, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_note_on_a_row_goes_with_it_in_every_table():
+    a, b = parse_published({"tables": [TABLE], "row_notes": {"A": "drawn otherwise"}})
+    assert (a.row_note, b.row_note) == ("drawn otherwise", "")
+    for notes in ({"C": "drawn otherwise"}, {"A": 1}, ["A"], "A", None):
+        with pytest.raises(ValueError, match=r"published_results\.json: the note .* on row .*; write"):
+            parse_published({"tables": [TABLE], "row_notes": notes})
+    noted = {row.name for name in BENCHMARKS for row in published_rows(name) if row.row_note}
+    assert noted == {"T2I-R1"} and "a plan in words" in by_name("ocr", "ocr")["T2I-R1"].row_note
+
+
 @pytest.mark.parametrize("content", [[], {}, {"tables": {}}, {"tables": ["row"]}, None])
 def test_other_files_are_refused(content):
     with pytest.raises(ValueError, match=r"published_results\.json"):

@@ -16,6 +16,7 @@ import yaml
 
 from stage_grpo.command_line import ArgumentParser
 from stage_grpo.config import StageConfig, parse_config
+from stage_grpo.planning.disk import held_bytes
 from stage_grpo.planning.plan import Plan, default_gpus, describe_short, make_plan
 from stage_grpo.preflight import Demand, Missing, missing
 
@@ -83,8 +84,6 @@ def prepare_launch(program: str, words: Sequence[str]) -> Launch:
         raise ValueError("name the configuration first, e.g. configs/train/geneval.yaml")
     recipe = Path(rest.pop(0))
     config = parse_config(program, [str(recipe), *rest], lambda config: _num_processes(options, config))
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # as the launcher does for its workers: a reward of your own may be here
     num_processes = config.world_size
     file = find_accelerate_config(options.accelerate_config or _default_accelerate(config, num_processes), recipe)
     content = _read(file)
@@ -97,7 +96,8 @@ def prepare_launch(program: str, words: Sequence[str]) -> Launch:
         )
     plan = make_plan(config, num_processes, options.gpu_memory or _gpu_memory(), parallel)
     wanted, num_visible = _gpus_here(options, config), torch.cuda.device_count()
-    demand = Demand(wanted, plan.work.disk_bytes, parallel.startswith("zero"), parallel == "zero3_offload")
+    held = held_bytes(config, plan.work)
+    demand = Demand(wanted, plan.work.disk_bytes, parallel.startswith("zero"), parallel == "zero3_offload", held)
     return Launch(
         _command(options, file, content, num_processes, recipe, rest),
         missing(config, demand, num_visible),

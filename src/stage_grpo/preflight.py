@@ -44,12 +44,14 @@ class Demand(NamedTuple):
         disk_bytes: What the output folder may take.
         uses_deepspeed: Whether DeepSpeed spreads it.
         offloads: Whether DeepSpeed keeps weights and optimizer in the machine's memory.
+        held_bytes: How much of ``disk_bytes`` the output folder holds already.
     """
 
     num_gpus: int
     disk_bytes: int
     uses_deepspeed: bool
     offloads: bool
+    held_bytes: int = 0
 
 
 def check_files(config: StageConfig) -> None:
@@ -221,8 +223,9 @@ def _disk(config: StageConfig, demand: Demand) -> Iterator[Missing]:
         yield Missing(f"output_dir {config.output_dir} cannot be made: {folder} is a file", "--output_dir FOLDER")
         return
     free = shutil.disk_usage(folder).free
-    if free < demand.disk_bytes:
+    if free + demand.held_bytes < demand.disk_bytes:
+        held = f" ({demand.held_bytes / 1e9:,.0f} GB of it are there)" if demand.held_bytes else ""
         yield Missing(
-            f"{config.output_dir} may take {demand.disk_bytes / 1e9:,.0f} GB, and {free / 1e9:,.0f} GB are free",
+            f"{config.output_dir} may take {demand.disk_bytes / 1e9:,.0f} GB{held}, and {free / 1e9:,.0f} GB are free",
             "--output_dir on a larger disk, a lower --save_total_limit, or --save_strategy no",
         )

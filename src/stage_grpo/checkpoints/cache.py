@@ -14,6 +14,8 @@ from stage_grpo.checkpoints.manifest import is_current
 
 SUFFIX = ".transformers"
 """Added to a folder's name to name its converted copy."""
+ON_THE_HUB = {f"deepseek-ai/Janus-Pro-{size}": f"deepseek-community/Janus-Pro-{size}" for size in ("1B", "7B")}
+"""Published checkpoints in the original format -> the same weights in transformers' format."""
 
 
 def as_transformers(path: str | Path) -> Path:
@@ -57,4 +59,5 @@ def is_original(folder: Path) -> bool:
 def remedy_on_the_hub(name: str, key: str = "model") -> str:
     """What to do with a hub name whose checkpoint is in the original format, which is read from a folder alone."""
     folder = name.split("/")[-1]
-    return f"hf download {name} --local-dir {folder}, then --{key} {folder}; or --{key} deepseek-community/{folder}"
+    remedy = f"hf download {name} --local-dir {folder}, then --{key} {folder}"
+    return f"{remedy}; or --{key} {ON_THE_HUB[name]}" if name in ON_THE_HUB else remedy

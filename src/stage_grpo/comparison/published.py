@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
@@ -39,7 +39,8 @@ class PublishedRow:
         decimals: Decimals of the figures as published.
         scores: Column or "overall" to figure; None where the paper gives none.
         source: Paper and tables.
-        note: What to know before comparing with it; empty if nothing.
+        note: What to know before comparing with its table; empty if nothing.
+        row_note: What to know before comparing with this model; empty if nothing.
     """
 
     name: str
@@ -50,6 +51,7 @@ class PublishedRow:
     scores: Mapping[str, float | None]
     source: str
     note: str = ""
+    row_note: str = ""
 
 
 def published_rows(benchmark: str, measure: str | None = None) -> list[PublishedRow]:
@@ -80,14 +82,14 @@ def parse_published(content: Any) -> list[PublishedRow]:
 
     Args:
         content: What JSON gave: ``{"tables": [{"benchmark", "measure", "unit", "decimals", "source", "columns",
-            "rows": {name: [figure or null, one a column]}, "note"?}]}``.
+            "rows": {name: [figure or null, one a column]}, "note"?}], "row_notes"?: {name: note}}``.
 
     Returns:
         The rows of all tables.
 
     Raises:
         ValueError: A field is missing or of a wrong type, a benchmark, measure or column is unknown or repeated, a
-            row is too short, too long, empty or holds something that is no finite number.
+            row is too short, too long, empty or holds something that is no finite number, a note is on no row.
     """
     tables = content.get("tables") if isinstance(content, dict) else None
     if not isinstance(tables, list):
@@ -100,7 +102,15 @@ def parse_published(content: Any) -> list[PublishedRow]:
             raise ValueError(f"{where} is the second of {key[0]} {key[1]}; put its rows into the first.")
         seen.add(key)
         rows += [_row(table, name, figures, where) for name, figures in table["rows"].items()]
-    return rows
+    return _with_notes(rows, content.get("row_notes", {}))
+
+
+def _with_notes(rows: list[PublishedRow], notes: Any) -> list[PublishedRow]:
+    names = [row.name for row in rows]
+    for name, note in notes.items() if isinstance(notes, dict) else [(notes, None)]:
+        if name not in names or not isinstance(note, str):
+            raise ValueError(f"{_FILE}: the note {note!r} on row {name!r}; write row_notes as {{row: text}}.")
+    return [replace(row, row_note=notes.get(row.name, "")) for row in rows]
 
 
 def _check_table(table: Any, where: str) -> None:

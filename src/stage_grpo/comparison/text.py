@@ -164,7 +164,8 @@ def footnotes(comparison: Comparison) -> list[str]:
 
 def sources(rows: Sequence[PublishedRow]) -> list[str]:
     """Where published rows are from and what to know of them, one line each."""
-    return list(dict.fromkeys(f"Source: {row.source}" + (f"; {row.note}" if row.note else "") for row in rows))
+    tables = [f"Source: {row.source}" + (f"; {row.note}" if row.note else "") for row in rows]
+    return list(dict.fromkeys([*tables, *(f"{row.name}: {row.row_note}" for row in rows if row.row_note)]))
 
 
 def num_images(line: Line) -> str:

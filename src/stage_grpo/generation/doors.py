@@ -69,8 +69,8 @@ def generate_words(name: str, words: list[str]) -> list[str]:
     options, rest = parser.parse_known_args(words)
     if options.semantic_cot:
         parser.error(
-            "semantic_cot=True: a plan in words before the image is not supported; leave the flag out, as for the "
-            "published numbers"
+            "semantic_cot=True: a plan in words before the image is not supported, so the images of T2I-R1's own "
+            "inference, which always writes one, cannot be made; leave the flag out, as STAGE's scripts do by default"
         )
     try:
         model = find_checkpoint(options.model_path)

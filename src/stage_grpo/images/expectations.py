@@ -10,7 +10,7 @@ from typing import Any
 
 from stage_grpo.benchmarks import Benchmark
 from stage_grpo.images.folders import IMAGE_SUFFIXES
-from stage_grpo.images.layouts import LAYOUTS, plan_images
+from stage_grpo.images.layouts import LAYOUTS, ImageLayout, PlannedImage, plan_images
 from stage_grpo.images.problems import Problems
 from stage_grpo.images.set_files import MANIFEST, SetFiles, read_description
 from stage_grpo.types import Metadata, PromptRow
@@ -85,10 +85,11 @@ def _from_rows(
 ) -> list[ExpectedImage]:
     layout = LAYOUTS[benchmark.layout]
     said = files.generation.get("num_images")
+    named = _names_by_number(layout, files)
     if num_images is None:
-        num_images = said if isinstance(said, int) and said > 0 else _usual_number(benchmark, files, rows)
+        num_images = said if isinstance(said, int) and said > 0 else _usual_number(layout, files, rows, named)
     images = [
-        ExpectedImage(image.path, image.index, image.sample, image.row.prompt, image.row.metadata)
+        ExpectedImage(_path(image, named), image.index, image.sample, image.row.prompt, image.row.metadata)
         for image in plan_images(layout, rows, num_images)
     ]
     _check_number(len(rows), files, layout.describes_prompts, problems)
@@ -99,12 +100,35 @@ def _from_rows(
     return [replace(image, is_usable=image.is_usable and image.index not in foreign) for image in images]
 
 
-def _usual_number(benchmark: Benchmark, files: SetFiles, rows: Sequence[PromptRow]) -> int:
+def _names_by_number(layout: ImageLayout, files: SetFiles) -> dict[tuple[int, int], PurePosixPath]:
+    """Where the images of a set of another program lie, by the numbers of prompt and image.
+
+    GenEval's own scorer reads ``samples/0.png`` of the folder ``7`` as well as ``samples/00000.png`` of ``00007``.
+    Empty for our own sets, whose names are known, and where a scorer reads no other names.
+    """
+    if not layout.describes_prompts or files.manifest is not None or files.generation:
+        return {}
+    found = [path for path in files.found if path.parts[0].isdecimal() and _is_sample(path, path.parts[0])]
+    # Of two names of one number the longer stands, as the official script writes it; the other belongs to no prompt.
+    found.sort(key=lambda path: (len(str(path.with_suffix(""))), path))
+    return {(int(path.parts[0]), int(path.stem)): path.with_suffix(".png") for path in found}
+
+
+def _path(image: PlannedImage, named: dict[tuple[int, int], PurePosixPath]) -> PurePosixPath:
+    return named.get((image.index, image.sample), image.path)
+
+
+def _usual_number(
+    layout: ImageLayout,
+    files: SetFiles,
+    rows: Sequence[PromptRow],
+    named: dict[tuple[int, int], PurePosixPath],
+) -> int:
     """How many images most prompts have: samples are counted as long as at least half of the prompts have them."""
     stems = {path.with_suffix("") for path in files.found}
     most = max(1, min(_MOST_SAMPLES, len(files.found)))
-    plan = plan_images(LAYOUTS[benchmark.layout], rows, most)
-    counts = Counter(image.sample for image in plan if image.path.with_suffix("") in stems)
+    plan = plan_images(layout, rows, most)
+    counts = Counter(image.sample for image in plan if _path(image, named).with_suffix("") in stems)
     number = 1
     while number < most and 2 * counts[number] >= counts[0] > 0:
         number += 1

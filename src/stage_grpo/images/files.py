@@ -20,7 +20,6 @@ from jaxtyping import Int
 from PIL import Image, PngImagePlugin
 
 _KEY = "stage_grpo"
-_JPEG_QUALITY = 95
 _ENDS = {".png": b"\0\0\0\0IEND\xaeB`\x82", ".jpg": b"\xff\xd9"}
 """Last bytes of a whole file. Decoders forgive their absence, so they are looked at."""
 _PARTIAL = re.compile(r"\.(?P<host>.+)\.(?P<pid>\d+)\.\d+\.partial(\.\w+)?")
@@ -75,6 +74,8 @@ def remove_leftovers(folder: Path) -> None:
 def save_image(path: Path, image: Image.Image, about: Mapping[str, Any]) -> None:
     """Write an RGB image as PNG or JPEG, by its suffix. A killed process leaves no half-written file under the name.
 
+    A JPEG has Pillow's own settings (quality 75, chroma at half the resolution), as HPS's protocol saves its images.
+
     Args:
         path: The file; its folder is made.
         image: RGB.
@@ -87,7 +88,7 @@ def save_image(path: Path, image: Image.Image, about: Mapping[str, Any]) -> None
         info.add_text(_KEY, text)
         image.save(buffer, "PNG", pnginfo=info)
     else:
-        image.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, comment=text)
+        image.save(buffer, "JPEG", comment=text)
     write_whole(path, buffer.getvalue())
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoConfig
 from transformers.integrations import deepspeed
 
-from stage_grpo.checkpoints.configs import ORIGINAL, format_of, to_transformers_config
+from stage_grpo.checkpoints.cache import is_original
+from stage_grpo.checkpoints.configs import format_of, to_transformers_config
 from stage_grpo.checkpoints.errors import read_json
 from stage_grpo.policy.adapters import ADAPTER_CONFIG, is_adapter
 from stage_grpo.policy.base import ImagePolicy
-from stage_grpo.policy.loading import POLICIES
+from stage_grpo.policy.loading import policy_class
 
 _TOKEN_IDS = {"bos": 0, "eos": 1, "pad": 2, "image": 3}
 """Stand in for the tokenizer's: no size depends on them."""
@@ -132,12 +133,9 @@ def policy_sizes(model: str | Path, dtype: str = "bfloat16") -> PolicySizes:
         ValueError: If the sizes are not known, or the family is not supported.
     """
     config, source = _find_config(Path(model))
-    if config.model_type not in POLICIES:
-        raise ValueError(f"model={str(model)!r} is a {config.model_type!r}; supported families: {sorted(POLICIES)}")
-    module, name = POLICIES[config.model_type].split(":")
-    policy_class: Any = getattr(import_module(module), name)
+    family = policy_class(config.model_type, model)
     with torch.device("meta"):
-        policy = policy_class(config).to(getattr(torch, dtype))
+        policy = family(config).to(getattr(torch, dtype))
     return measure(policy, source)
 
 
@@ -159,7 +157,7 @@ def measure(policy: ImagePolicy, source: str = "a policy in memory") -> PolicySi
     return PolicySizes(
         policy=policy,
         source=source,
-        parts={**parts, **({"text head": rest} if rest else {})},
+        parts={**parts, **({"rest": rest} if rest else {})},
         total=total,
         language_model=_count(backbone.parameters()),
         layers_matmul=_linear(backbone),
@@ -174,13 +172,9 @@ def _find_config(model: Path) -> tuple[Any, str]:
     if is_adapter(model):
         return _find_config(Path(str(read_json(model / ADAPTER_CONFIG).get("base_model_name_or_path"))))
     if model.is_dir():
-        if format_of(model) == ORIGINAL:
-            return to_transformers_config(read_json(model / "config.json"), _TOKEN_IDS), f"{model}/config.json"
-        return AutoConfig.from_pretrained(str(model), local_files_only=True), f"{model}/config.json"
-    try:
-        return AutoConfig.from_pretrained(str(model), local_files_only=True), f"{model} in the hub cache"
-    except (OSError, ValueError):
-        pass
+        return _config_in(model, model), f"{model}/config.json"
+    if (snapshot := _in_hub_cache(str(model))) is not None:
+        return _config_in(snapshot, model), f"{model} in the hub cache"
     if model.name in PUBLISHED:
         config = to_transformers_config(PUBLISHED[model.name], _TOKEN_IDS)
         return config, f"the published sizes of {model.name}"
@@ -188,6 +182,24 @@ def _find_config(model: Path) -> tuple[Any, str]:
         f"model={str(model)!r} is no folder and not in the hub cache, and its sizes are not known; "
         f"run `hf download {model} config.json`, or give a folder"
     )
+
+
+def _config_in(folder: Path, model: Path) -> Any:
+    """The config in a checkpoint folder, read by the family's own class, as the loader does."""
+    if is_original(folder):
+        format_of(folder)  # refuses other models of that type
+        return to_transformers_config(read_json(folder / "config.json"), _TOKEN_IDS)
+    model_type = read_json(folder / "config.json").get("model_type")
+    return policy_class(model_type, model).config_class.from_pretrained(str(folder), local_files_only=True)
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The folder of a hub name in the local cache, of which at least the config is there."""
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _linear_weights(policy: ImagePolicy) -> tuple[int, int]:

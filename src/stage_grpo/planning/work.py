@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from stage_grpo.config import StageConfig
 from stage_grpo.data import load_rows
 from stage_grpo.planning.setting import Setting
 
@@ -24,6 +25,7 @@ class Work:
         update_flops: Operations of forward and backward passes over them.
         checkpoint_bytes: Size of one checkpoint.
         num_checkpoints: Checkpoints that stand on the disk at most, the one being written among them.
+        weights_bytes: Size of the weights alone.
         final_bytes: Size of the weights that the run leaves: the last, the best, and for a moment the one before it.
     """
 
@@ -36,6 +38,7 @@ class Work:
     update_flops: int
     checkpoint_bytes: int
     num_checkpoints: int
+    weights_bytes: int
     final_bytes: int
 
     @property
@@ -74,6 +77,7 @@ def work(run: Setting) -> Work:
     passes = 2 if config.use_peft else 3  # weights that are not trained need no gradient of their own
     recomputed = 1 if config.gradient_checkpointing else 0
     steps = _num_steps(run, prompts)
+    weights = _weights_on_disk(run)
     return Work(
         num_steps=steps,
         images_per_rollout=images,
@@ -84,7 +88,8 @@ def work(run: Setting) -> Work:
         update_flops=int(rollouts * images * config.num_iterations * image_flops * (passes + recomputed)),
         checkpoint_bytes=_checkpoint_bytes(run),
         num_checkpoints=_num_checkpoints(run, steps),
-        final_bytes=_weights_on_disk(run) * (3 if config.heldout_benchmark and config.keep_best else 1),
+        weights_bytes=weights,
+        final_bytes=weights * (3 if config.heldout_benchmark and config.keep_best else 1),
     )
 
 
@@ -147,7 +152,7 @@ def _weights_on_disk(run: Setting) -> int:
 
 
 def _checkpoint_bytes(run: Setting) -> int:
-    """Weights, optimizer and averages; the rest is a few megabytes.
+    """Weights and averages, and unless ``save_only_model`` the optimizer; the rest is a few megabytes.
 
     DeepSpeed writes, beside the whole weights and its optimizer's float32 states, the parameters that it holds: all of
     them in ZeRO-2, the frozen ones in ZeRO-3, of adapters only the adapters.
@@ -156,6 +161,8 @@ def _checkpoint_bytes(run: Setting) -> int:
     frozen = 0 if run.config.use_peft else run.frozen * run.frozen_bytes
     averages = 4 * run.trainable if run.config.ema_decay is not None else 0
     size = _weights_on_disk(run) + averages
+    if run.config.save_only_model:
+        return size
     if not run.is_zero:
         return size + 2 * trained
     return size + 12 * run.trainable + frozen + (trained if run.parallel == "zero2" else 0)
@@ -165,7 +172,14 @@ def _num_checkpoints(run: Setting, num_steps: int | None) -> int:
     config = run.config
     if config.save_strategy == "no":
         return 0
-    every = config.save_steps if config.save_steps >= 1 else max(1, config.save_steps * (num_steps or 0))
-    written = math.ceil(num_steps / every) if num_steps else 1
-    limit = config.save_total_limit
-    return written if limit is None else min(limit + 1, written)
+    written = math.ceil(num_steps / steps_between_saves(config, num_steps)) if num_steps else 1
+    goes_back = config.guard == "rollback"
+    written += goes_back  # checkpoint-0
+    # Beside those of the limit the one being written, and the one of the best held-out test.
+    beside = 1 + (goes_back and config.heldout_benchmark is not None)
+    return written if config.save_total_limit is None else min(config.save_total_limit + beside, written)
+
+
+def steps_between_saves(config: StageConfig, num_steps: int | None) -> float:
+    """Optimizer steps from one checkpoint to the next; at least 1."""
+    return config.save_steps if config.save_steps >= 1 else max(1, config.save_steps * (num_steps or 0))

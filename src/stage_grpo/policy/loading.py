@@ -62,15 +62,28 @@ def load_policy(
     if MODEL_TYPES.get(str(model_type)) == ORIGINAL:
         remedy = remedy_on_the_hub(str(model))
         raise ValueError(f"model={str(model)!r} is a hub name in DeepSeek's own format; {remedy}")
+    family = policy_class(model_type, model)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        return family.from_pretrained(str(model), dtype=dtype, **options)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of model={str(model)!r} are torn, fetch or save them again: {error}") from error
+
+
+def policy_class(model_type: str | None, model: str | Path) -> Any:
+    """The class that runs a family; its module is imported, which may make the family known to transformers.
+
+    Args:
+        model_type: As a checkpoint's config says.
+        model: What error messages call the checkpoint.
+
+    Raises:
+        ValueError: If the family is not supported.
+    """
     if model_type not in POLICIES:
         raise ValueError(f"model={str(model)!r} is a {model_type!r}; supported families: {sorted(POLICIES)}")
     module, name = POLICIES[model_type].split(":")
-    policy_class: Any = getattr(import_module(module), name)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
-        return policy_class.from_pretrained(str(model), dtype=dtype, **options)
-    except SafetensorError as error:
-        raise ValueError(f"the weights of model={str(model)!r} are torn, fetch or save them again: {error}") from error
+    return getattr(import_module(module), name)
 
 
 def _load_merged(
