@@ -169,6 +169,10 @@ def test_means_over_images_count_every_image_alike(images_dir: Path) -> None:
     # 255, 0, 255, 255, 51, 102 of 255: mean 918 / 255 / 6 = 0.6, where the mean of the category means is 0.525.
     result = evaluation.evaluate("wide", images_dir)
     assert result.scores["graded"]["overall"] == pytest.approx(0.6)
+    # Of a category that nothing could be said of, no mean over images either: it would be that of the others.
+    write(images_dir, 2, "b", [(51, 0, 255), (102, 0, 255)])
+    unscored = evaluation.evaluate("wide", images_dir)
+    assert unscored.scores["graded"].keys() == {"a"} and unscored.num_unscored["graded"] == 2
     shutil.rmtree(images_dir / "00002")
     assert evaluation.evaluate("wide", images_dir).scores["graded"].keys() == {"a"}
 
@@ -438,6 +442,20 @@ def test_a_killed_evaluation_goes_on(images_dir: Path, tmp_path: Path, monkeypat
     assert outcomes(evaluation.evaluate("toy", images_dir, **run)) == outcomes(straight) and RedReward.asked == [2, 1]
 
 
+def test_a_killed_evaluation_goes_on_with_other_measures(
+    images_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second measure is a detail of the same reward, which the first call had no need to keep."""
+    run = {"batch_size": 2, "cache_dir": tmp_path / "cache"}
+    monkeypatch.setattr(RedReward, "fails_at", 2)
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluation.evaluate("toy", images_dir, measures=["graded"], **run)
+    monkeypatch.setattr(RedReward, "fails_at", None)
+    result = evaluation.evaluate("toy", images_dir, **run)
+    assert outcomes(result) == outcomes(evaluation.evaluate("toy", images_dir))
+    assert result.num_unscored == {"strict": 0, "graded": 0} and result.missing == {}
+
+
 def test_a_cached_part_is_never_taken_for_another(images_dir: Path, tmp_path: Path) -> None:
     run = {"cache_dir": tmp_path / "cache", "measures": ["green"]}
     first = evaluation.evaluate("wide", images_dir, **run)
@@ -468,6 +486,22 @@ def test_the_command_cleans_up_after_itself(images_dir: Path, tmp_path: Path, ca
     assert capsys.readouterr().out.endswith(f"wrote {out}\n")
     assert sorted(path.name for path in out.parent.iterdir()) == ["scores.json", "scores.per_image.jsonl"]
     assert scores.Scores.load(out).scores["strict"]["a"] == 0.75
+
+
+def test_the_command_keeps_what_was_measured_where_something_failed(
+    images_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write(images_dir, 3, "b", [(255, 0, 255), (255, 0, 0)])
+    out = tmp_path / "scores.json"
+    words = ["evaluate", "--benchmark", "toy", "--images", str(images_dir), "--out", str(out)]
+    for asked in ([8], [8, 1]):
+        main(words)
+        kept = tmp_path / "scores.json.partial"
+        said = f"the same command measures what has no score yet, and takes the rest from {kept}\n"
+        assert capsys.readouterr().out.endswith(said) and RedReward.asked == asked
+    write(images_dir, 3, "b", [(255, 0, 0), (255, 0, 0)])
+    main(words)
+    assert not kept.exists() and capsys.readouterr().out.endswith(f"wrote {out}\n")
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ def test_paddleocr_is_asked_as_its_third_version_wants(monkeypatch):
     assert reward.score([red], ['"hello world"']).scores.tolist() == [1.0]
     assert calls["pixel"] == [2, 1, 255]  # blue first
     assert (calls["lang"], calls["device"], calls["cpu_threads"]) == ("en", "cpu", 3)
+    assert calls["text_rec_score_thresh"] == 0.5
     assert not {"use_gpu", "show_log", "use_angle_cls"} & calls.keys()
 
 

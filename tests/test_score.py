@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -84,6 +85,15 @@ def test_pictures_are_read_upright(tmp_path, suffix):
     rows = np.asarray(upright).mean(axis=(1, 2))
     assert rows[:7].min() > 200 and rows[9:].max() < 50
     assert not upright.getexif().get(0x0112)
+
+
+def test_a_picture_with_damaged_exif_is_named(tmp_path):
+    """Orientation 6, and a width that is a fraction: Pillow cannot write it again when it turns the picture."""
+    entries = struct.pack("<HHIf", 0x0100, 11, 1, 1.5) + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"a\.jpg: required argument is not an integer; generate this image again"):
+        load_image(tmp_path / "a.jpg")
 
 
 def test_a_flat_folder_is_shared_out_in_the_order_of_names(flat, tmp_path, capsys):

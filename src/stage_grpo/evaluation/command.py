@@ -50,8 +50,11 @@ def main_evaluate(program: str, words: Sequence[str]) -> str:
     if out is None or cache is None:
         return format_table(scores)
     scores.save(out)
+    said = f"{format_table(scores)}\nwrote {out}"
+    if scores.missing or any(scores.num_unscored.values()):
+        return f"{said}; the same command measures what has no score yet, and takes the rest from {cache}"
     shutil.rmtree(cache, ignore_errors=True)
-    return f"{format_table(scores)}\nwrote {out}"
+    return said
 
 
 def _parser(program: str) -> ArgumentParser:

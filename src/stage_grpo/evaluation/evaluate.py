@@ -197,7 +197,7 @@ def _outcomes(
         return official_outcomes(job.options, image_set, images)
     reward = build_reward(job.reward, job.options)
     details = [*_SHOWN, "reasons", *(scorer.detail for scorer in job.scorers if scorer.detail)]
-    cache = MeasureCache(cache_dir, job.reward, cache_key(image_set, job.reward, job.options, reward))
+    cache = MeasureCache(cache_dir, job.reward, cache_key(image_set, job.reward, job.options, reward, details))
     return measure_images(reward, image_set, images, details, cache, batch_size)
 
 
@@ -240,7 +240,7 @@ def _tables(
             reason, _ = measured_set.failures[measure].most_common(1)[0]
             measured_set.missing[measure] = f"no image could be scored ({reason})"
             continue
-        covered = {record["tag"] for record in asked}
+        covered = {record["tag"] for record in asked if record["scores"][measure] is not None}
         table = {}
         for name, members in lines.items():
             chosen = [records[i] for i in members]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from numbers import Real
@@ -120,7 +120,7 @@ def measure_images(
     return [done[image.path] for image in images]
 
 
-def cache_key(image_set: ImageSet, name: str, options: dict[str, Any], reward: Reward) -> str:
+def cache_key(image_set: ImageSet, name: str, options: dict[str, Any], reward: Reward, details: Iterable[str]) -> str:
     """SHA-256 of what decides the outcomes of a reward on a set, as far as it can be known.
 
     Args:
@@ -128,12 +128,13 @@ def cache_key(image_set: ImageSet, name: str, options: dict[str, Any], reward: R
         name: Name of the reward.
         options: Its options.
         reward: The reward, whose weights in the cache are looked at.
+        details: What is kept of its details: another measure may need others.
     """
     seals = {}
     for needed in reward.needed_weights():
         seal = weights.cache_folder() / needed / "manifest.json"
         seals[needed] = sha256_of(seal) if seal.is_file() else None
-    parts = [image_set.fingerprint, name, options, seals, version("stage-grpo")]
+    parts = [image_set.fingerprint, name, options, seals, sorted(set(details)), version("stage-grpo")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

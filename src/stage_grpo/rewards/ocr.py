@@ -200,6 +200,7 @@ def _paddleocr(options: OcrOptions) -> Reader:
         use_textline_orientation=False,
         text_det_limit_side_len=options.detection_side,
         text_det_limit_type="min",
+        text_rec_score_thresh=0.5,  # the second version's drop_score, which the published rewards leave as it is
         device="cpu",
         cpu_threads=_num_threads(options),
     )
