@@ -5,6 +5,7 @@ import torch
 
 from stage_grpo.policy import left_pad
 from stage_grpo.policy.shared_prompts import unique_prompts
+from stage_grpo.policy.steps import GenericSteps
 
 
 def test_unique_prompts_by_hand():
@@ -43,6 +44,24 @@ def test_features_and_gradients_are_those_of_copied_prompts(policy, prompt_ids, 
     for name, gradient in copied_gradients.items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(shared_gradients[name], gradient, atol=1e-5 * scale + 1e-12, rtol=0)
+
+
+def test_autocast_leaves_the_residual_stream_in_float32(policy, prompt_ids):
+    """However a row is scored or sampled: a policy and its reference may go different ways, and are to agree."""
+    seen = []
+    for layer in policy.backbone.layers:
+        layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    codes = torch.randint(512, (len(prompt_ids), 36), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        copied, _ = scored(policy, prompt_ids, codes, shares=False)
+        shared, _ = scored(policy, prompt_ids, codes, shares=True)
+        steps = GenericSteps(policy, prompt_ids, guided=False)
+        steps.advance(codes[:, 0])
+    assert set(seen) == {torch.float32}
+    exact, _ = scored(policy, prompt_ids, codes, shares=False)
+    # Both round at the same places: neither may be further from float32 than the other.
+    errors = [(found - exact).square().mean().item() for found in (copied, shared)]
+    assert 0 < errors[1] < 1.05 * errors[0]
 
 
 def test_gradients_are_the_same_to_the_bit_whenever_two_threads_add_them_up(policy, prompt_ids):

@@ -383,6 +383,23 @@ def test_evaluation_logs_and_repeats_exactly(checkpoint, tmp_path):
     assert first["eval_kl"] == 0.0
 
 
+def test_samples_are_of_training_steps_alone(checkpoint, tmp_path):
+    """Also where an evaluation comes between a rollout and the last of its steps."""
+    other = Dataset.from_dict({"prompt": ["a photo of a test"] * 4, "metadata": ["{}"] * 4})
+    tested = {"eval_dataset": other, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    trainer_for(checkpoint, tmp_path, num_iterations=2, max_steps=2, sample_steps=1, **tested).train()
+    first, second = (json.loads(path.read_text())["prompts"] for path in sorted(tmp_path.glob("samples/*.json")))
+    assert first == second and "a photo of a test" not in first
+
+
+def test_the_first_kl_is_zero_under_autocast_too(checkpoint, tmp_path):
+    """The reference is scored with whole groups, the policy in batches in which a prompt may stand alone."""
+    changed = {"per_device_train_batch_size": 2, "num_generations": 2, "gradient_accumulation_steps": 4}
+    stage = trainer_for(checkpoint, tmp_path, bf16=True, use_cpu=True, max_steps=1, **changed)
+    stage.train()
+    assert stage.model.shares_prompts and logged(tmp_path)[0]["kl"] == 0
+
+
 def test_the_same_seed_repeats_a_run_and_another_does_not(checkpoint, tmp_path):
     def rewards(seed, name):
         trainer_for(checkpoint, tmp_path / name, seed=seed).train()

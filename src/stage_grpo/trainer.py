@@ -211,7 +211,9 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
         self._generation_seconds += elapsed
         num_images = len(inputs) * self.accelerator.num_processes
         self._log("images_per_second", torch.tensor(num_images / elapsed))
-        self.run_folder.samples = trl_seams.step_samples(self, inputs, weights, self._total_rewards, self._group_size)
+        if self.model.training:  # an evaluation's images are no step's samples
+            samples = trl_seams.step_samples(self, inputs, weights, self._total_rewards, self._group_size)
+            self.run_folder.samples = samples
         return output
 
     def _token_weights(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, Tensor]:

@@ -213,7 +213,8 @@ class ImagePolicy(metaclass=abc.ABCMeta):
         self, input_ids: Int[Tensor, "B L"], codes: Int[Tensor, "B T"], attention_mask: Tensor
     ) -> Float[Tensor, "B _ H"]:
         """Run the language model over prompt tokens followed by image codes (teacher forcing)."""
-        prompt, image, position_ids = self.embed_text(input_ids), self.embed_codes(codes), positions(attention_mask)
+        prompt, position_ids = self.embed_text(input_ids), positions(attention_mask)
+        image = self.embed_codes(codes).to(prompt.dtype)  # autocast rounds what comes out of its layers, not the prompt
         if self.shares_prompts:
             first, group = unique_prompts(input_ids, attention_mask[:, : input_ids.shape[1]])
             if len(first) < len(group):

@@ -232,8 +232,9 @@ class GenericSteps(Steps):
         """Feed one code an image."""
         state = self.state
         state.length += 1
+        embedded = self.policy.embed_codes(codes.repeat(self.num_branches)[:, None])
         outputs = self.policy.backbone(
-            inputs_embeds=self.policy.embed_codes(codes.repeat(self.num_branches)[:, None]),
+            inputs_embeds=embedded.to(state.hidden.dtype),  # autocast rounds what comes out of its layers
             attention_mask=state.mask[:, : state.length],
             position_ids=state.position_ids,
             past_key_values=state.cache,
