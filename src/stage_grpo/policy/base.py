@@ -214,7 +214,7 @@ class ImagePolicy(metaclass=abc.ABCMeta):
     ) -> Float[Tensor, "B _ H"]:
         """Run the language model over prompt tokens followed by image codes (teacher forcing)."""
         prompt, position_ids = self.embed_text(input_ids), positions(attention_mask)
-        image = self.embed_codes(codes).to(prompt.dtype)  # autocast rounds what comes out of its layers, not the prompt
+        image = self.embed_codes(codes).to(prompt.dtype)  # autocast rounds what its layers give
         if self.shares_prompts:
             first, group = unique_prompts(input_ids, attention_mask[:, : input_ids.shape[1]])
             if len(first) < len(group):
