@@ -9,10 +9,7 @@ from stage_grpo.guard import Guard
 from stage_grpo.guard_record import GuardRecord, append_guard, newest_whole_until, way_back
 from stage_grpo.heldout_record import HeldoutRecord
 from stage_grpo.run_checkpoints import rotate, seal
-from test_guard import RISING, diverging, trained
 from test_resume import make
-
-__all__ = ["diverging"]  # a fixture
 
 
 def a_checkpoint(run, step, mark):
@@ -49,16 +46,15 @@ def test_only_checkpoints_of_this_training_are_ways_back(tmp_path, options):
     assert newest_whole_until(tmp_path, 40, ["a", "b"], hashes=False) == tmp_path / "checkpoint-40"
 
 
-def test_a_run_begun_anew_does_not_go_back_to_an_earlier_one(diverging):
-    trained(diverging, max_steps=2, save_steps=1, learning_rate=1e-5, guard="off", seed=99)
-    _, (rollback, *_), _ = trained(
-        diverging, guard="rollback", guard_max_rollbacks=1, max_steps=4, save_steps=100, resume="never", **RISING
-    )
-    assert (rollback.step, rollback.checkpoint) == (4, "checkpoint-0")
-    assert sorted(path.name for path in (diverging / "out" / "rolled_back" / "1").iterdir()) == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
+def test_a_run_begun_anew_does_not_know_the_checkpoints_of_an_earlier_one(checkpoint, tmp_path):
+    make(checkpoint, tmp_path, max_steps=2).train()
+    anew = make(checkpoint, tmp_path, max_steps=1)
+    anew.train()
+    assert newest_whole_until(tmp_path, 2, anew.lineage) == tmp_path / "checkpoint-1"
+    resumed = make(checkpoint, tmp_path, max_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert newest_whole_until(tmp_path, 2, resumed.lineage) == tmp_path / "checkpoint-2"
+    assert newest_whole_until(tmp_path, 2, anew.lineage) == tmp_path / "checkpoint-1"
 
 
 def test_where_nothing_older_is_left_the_same_checkpoint_is_better_than_none(tmp_path, options):
