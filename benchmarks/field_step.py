@@ -13,6 +13,8 @@ trained, and numbers stay float32, all as ours: the losses can then be compared.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from stage_step import REWARDS, Meter, optimize, prompt_ids_of
 from torch import Tensor
 
 from stage_grpo.policy.base import ImagePolicy, left_pad, positions
+from stage_grpo.policy.onednn_linear import OneDnnLinear
 from stage_grpo.rollout import decode_images
 from stage_grpo.trainer import StageTrainer
 
@@ -129,11 +132,29 @@ def roll_out(trainer: StageTrainer, meter: Meter) -> None:
     policy.train()
 
 
+@contextmanager
+def pytorchs_products(*models: Any) -> Iterator[None]:
+    """Linear layers as the library has them, where the trainer has put faster ones."""
+    layers = [layer for model in models for layer in model.modules() if type(layer) is OneDnnLinear]
+    for layer in layers:
+        layer.__class__ = torch.nn.Linear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = OneDnnLinear
+
+
 def field_step(trainer: StageTrainer, codes: Tensor, meter: Meter, with_rollout: bool = True) -> float:
     """A whole step on the images given as codes, with the trainer's models and optimizer; gives the loss.
 
     Without a rollout there is no decoding either, as in a trainer that was given its codes.
     """
+    with pytorchs_products(trainer.model, trainer.ref_model):
+        return _field_step(trainer, codes, meter, with_rollout)
+
+
+def _field_step(trainer: StageTrainer, codes: Tensor, meter: Meter, with_rollout: bool) -> float:
     policy, reference = trainer.model, trainer.ref_model
     wall, cpu = time.perf_counter(), time.process_time()
     if with_rollout:

@@ -7,7 +7,9 @@ configs/accelerate, exactly as on GPUs. What stands in for the GPUs themselves i
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers.training_args
@@ -24,6 +26,7 @@ from stage_grpo.heldout import HeldoutEvaluation
 from stage_grpo.heldout_plan import HeldoutPlan
 from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy
+from stage_grpo.policy.janus import JanusPolicy
 from stage_grpo.trainer import StageTrainer
 from test_trainer import brightness, config
 
@@ -102,6 +105,20 @@ def brightness_beside_a_model(checkpoint):
     return score
 
 
+@contextmanager
+def decoders_of_rollouts():
+    """Names of the classes that took the decoding steps."""
+    found, make = set(), JanusPolicy.make_decoder
+
+    def make_and_tell(policy, capacity):
+        decoder = make(policy, capacity)
+        found.add(type(decoder).__name__)
+        return decoder
+
+    with mock.patch.object(JanusPolicy, "make_decoder", make_and_tell):
+        yield found
+
+
 def train(checkpoint, folder, resume=None, lora=False, heldout=False, **changes):
     if lora and FSDP:
         os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # accelerate's default
@@ -113,7 +130,8 @@ def train(checkpoint, folder, resume=None, lora=False, heldout=False, **changes)
     trainer = StageTrainer(load_policy(checkpoint), reward, args, rows, held_out, peft_config=adapters)
     if heldout:
         score_held_out_prompts(trainer, checkpoint, folder)
-    trainer.train(resume_from_checkpoint=resume)
+    with decoders_of_rollouts() as decoders:
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder))
     if args.sync_ref_model:
         reference = trainer.accelerator.get_state_dict(trainer.ref_model)
@@ -121,6 +139,7 @@ def train(checkpoint, folder, resume=None, lora=False, heldout=False, **changes)
             save_file({name: tensor.clone() for name, tensor in reference.items()}, f"{folder}/reference.safetensors")
     if trainer.accelerator.is_main_process:
         Path(folder, "share_held.txt").write_text(str(share_held(trainer.model)))
+        Path(folder, "decoders.txt").write_text(" ".join(decoders))
     trainer.accelerator.wait_for_everyone()
 
 

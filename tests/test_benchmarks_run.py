@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from stage_grpo import similarity
+from stage_grpo import trainer as trainer_module
 from stage_grpo.planning.sizes import policy_sizes
+from stage_grpo.policy.onednn_linear import OneDnnLinear
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 sys.path.insert(0, str(FOLDER))  # they import one another
-field_step, scaling, stage_step, step = map(importlib.import_module, ("field_step", "scaling", "stage_step", "step"))
+field_step, products, scaling, stage_step, step = map(
+    importlib.import_module, ("field_step", "products", "scaling", "stage_step", "step")
+)
 sys.path.remove(str(FOLDER))
 
 
@@ -69,6 +73,29 @@ def test_the_step_against_the_fields_way(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "step.png").stat().st_size > 0
     assert result["memory_ratio"] == 2.5  # 50 over 20
     assert "2.50" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_linear_layers_by_either_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(products, "SHAPES", {"small": (20, 8, 16)})
+    out = tmp_path / "new" / "products.json"
+    products.main(["--repeats", "2", "--threads", str(torch.get_num_threads()), "--out", str(out)])
+    row = json.loads(out.read_text())["layers"]["small"]
+    assert 0 <= row["difference"] < 1e-5
+    for part in products.PASSES:
+        assert min(row[part].values()) > 0
+    assert row["both"]["gflops_a_second"] == pytest.approx(6 * 20 * 8 * 16 / row["both"]["ours"] / 1e9)
+    assert "small" in capsys.readouterr().out
+
+
+def test_the_fields_side_has_the_librarys_linear_layers(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "onednn_pays", lambda: True)
+    trainer = stage_step.build_trainer(grid, tmp_path, 1, 4)
+    layer = trainer.model.backbone.layers[0].mlp.up_proj
+    assert type(layer) is OneDnnLinear
+    with field_step.pytorchs_products(trainer.model, trainer.ref_model):
+        assert type(layer) is torch.nn.Linear
+        assert type(trainer.ref_model.backbone.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert type(layer) is OneDnnLinear
 
 
 @pytest.mark.parametrize("side", ["ours", "field"])

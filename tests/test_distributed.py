@@ -186,6 +186,7 @@ def test_two_processes_equal_one(checkpoint, alone, tmp_path, mode):
     check_bfloat16(bf16)
     for folder in (straight, resumed, lora, bf16):
         assert float((folder / "share_held.txt").read_text()) == pytest.approx(MODES[mode], abs=0.01)
+        assert (folder / "decoders.txt").read_text() == "LlamaDecoder"  # not the library's slow step
     # The first process saw the first half of the group, the same images as alone.
     one, two = (json.loads((n / "straight/samples/step_000002.json").read_text()) for n in (alone, tmp_path))
     assert two["rewards"] == pytest.approx(one["rewards"][:4], abs=1e-4)

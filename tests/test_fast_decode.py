@@ -180,9 +180,71 @@ def test_what_else_runs_on_a_machine_decides_nothing(policy, monkeypatch):
     assert module._copies_fit(policy.backbone, torch.float32)
 
 
-def lora(policy):
-    """An adapter that does nothing yet, but is not merged either."""
-    return PeftModel(policy, LoraConfig(target_modules=["q_proj"], r=2)).get_base_model()
+def lora(policy, targets=("q_proj",), **changes):
+    """Adapters that do something, and are not merged."""
+    adapted = PeftModel(policy, LoraConfig(target_modules=list(targets), r=2, lora_alpha=6, **changes))
+    fill_adapters(adapted)
+    return adapted
+
+
+def fill_adapters(model):
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.08)
+
+
+def two_adapters(policy):
+    adapted = lora(policy, ALL_LINEAR)
+    adapted.add_adapter("second", LoraConfig(target_modules=["v_proj", "down_proj"], r=3, lora_dropout=0.5))
+    fill_adapters(adapted)
+    adapted.base_model.set_adapter(["default", "second"])
+
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTED = {
+    "queries": lora,
+    "all": lambda p: lora(p, ALL_LINEAR),
+    "rank-stabilised": lambda p: lora(p, ["v_proj", "up_proj"], use_rslora=True),
+    "two": two_adapters,
+    "disabled": lambda p: lora(p).base_model.disable_adapter_layers(),
+    "merged": lambda p: lora(p).merge_adapter(),
+}
+
+
+@pytest.mark.parametrize("change", ADAPTED.values(), ids=ADAPTED)
+def test_adapters_are_followed(policy, by_length, codes, change):
+    plain = logits_along(GenericSteps(policy, by_length, True), codes)
+    change(policy)
+    policy.eval()
+    expected = logits_along(GenericSteps(policy, by_length, True), codes)
+    assert torch.equal(expected, plain) == (change is ADAPTED["disabled"])
+    steps = DecoderSteps(policy, make_decoder(policy, by_length), by_length, True)
+    torch.testing.assert_close(logits_along(steps, codes), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_keep_their_precision_beside_bfloat16(policy, by_length, codes, autocast):
+    """As PEFT has them: float32 adapters of a bfloat16 model, or all of them cast by autocast."""
+    adapted = lora(policy, ALL_LINEAR).eval()
+    exact = logits_along(GenericSteps(policy, by_length, True), codes)
+    for name, parameter in adapted.named_parameters():
+        if not autocast and "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = logits_along(GenericSteps(policy, by_length, True), codes)
+        found = logits_along(DecoderSteps(policy, make_decoder(policy, by_length), by_length, True), codes)
+    assert 0 < (found - exact).square().mean() < 1.2 * (expected - exact).square().mean()
+
+
+def test_checkpointing_of_activations_does_not_matter(policy, prompt_ids, uniforms):
+    """Its hook on the embeddings asks for gradients, and changes no number."""
+    before = rollout(policy, prompt_ids, uniforms, GUIDED)
+    policy.activation_checkpointing_enable()
+    assert policy.get_input_embeddings()._forward_hooks
+    assert isinstance(make_decoder(policy, prompt_ids), LlamaDecoder)
+    assert torch.equal(rollout(policy, prompt_ids, uniforms, GUIDED).logps, before.logps)
 
 
 class Doubled(nn.Module):
@@ -191,7 +253,13 @@ class Doubled(nn.Module):
 
 
 STRANGE = {
-    "adapter": (lora, "peft"),
+    "DoRA": (lambda p: lora(p, use_dora=True), "no plain LoRA but DoraLinearVariant"),
+    "adapter with a bias": (lambda p: lora(p, lora_bias=True), "adapters have a bias"),
+    "adapter of embeddings": (lambda p: lora(p, ["embed_tokens"]), "it is a peft"),
+    "hook on an adapter": (
+        lambda p: lora(p) and p.backbone.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None),
+        "hook",
+    ),
     "hook": (lambda p: p.backbone.layers[0].mlp.register_forward_hook(lambda *_: None), "hook"),
     "pre-hook": (lambda p: p.backbone.norm.register_forward_pre_hook(lambda *_: None), "hook"),
     "patch": (lambda p: setattr(p.backbone.layers[1].self_attn, "forward", lambda **_: None), "patched"),
@@ -229,13 +297,18 @@ def test_another_backbone_and_a_changed_head_are_left_to_the_library(policy):
 
     small = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     assert why_not(Other(small)) == "the backbone is a Other"
-    policy.model.generation_head.register_forward_hook(lambda *_: None)
+    head = policy.model.generation_head
+    hook = head.register_forward_hook(lambda *_: None)
+    assert policy.make_decoder(64) is None
+    hook.remove()
+    assert policy.make_decoder(64) is not None
+    lora(policy, ["generation_head.proj_out"])
     assert policy.make_decoder(64) is None
 
 
 def test_an_adapter_that_is_not_merged_is_not_forgotten(policy, prompt_ids, uniforms):
     plain = rollout(policy, prompt_ids, uniforms, GUIDED)
-    adapted = lora(policy)
+    adapted = lora(policy).get_base_model()
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             nn.init.constant_(parameter, 0.05)

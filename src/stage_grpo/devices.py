@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,15 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cpu_vendor() -> str:
+    """Who made the processor, as it says itself ("AuthenticAMD", "GenuineIntel"); empty where it does not say."""
+    if os.path.exists("/proc/cpuinfo"):  # Linux
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("vendor_id")]
+        return names[0] if names else ""
+    return platform.processor().rpartition(" ")[2]  # Windows: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -28,6 +28,7 @@ from stage_grpo.gathering import ShardedTrainer, image_policy
 from stage_grpo.guarded import GuardedTrainer
 from stage_grpo.micro_batched import MicroBatchedTrainer
 from stage_grpo.policy.loading import load_tokenizer
+from stage_grpo.policy.onednn_linear import onednn_pays, use_onednn
 from stage_grpo.rewards.base import Reward, RewardFunction
 from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.rewards.side_by_side import RewardThreads
@@ -119,9 +120,11 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
         for model in (self.model, self.ref_model):
             if model is None:
                 continue
-            policy = image_policy(self.accelerator.unwrap_model(model))
+            policy: Any = image_policy(self.accelerator.unwrap_model(model))
             policy.scoring_guidance = None if guidance == 1 else guidance
             policy.shares_prompts = self.args.share_prompts and self.can_share_prompts
+            if self.accelerator.device.type == "cpu" and onednn_pays():
+                use_onednn(policy)
             trl_seams.add_scoring_head(policy, self.temperature, self.accelerator.device)
 
     @contextmanager

@@ -16,10 +16,14 @@ import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
 from stage_grpo.devices import free_bytes
+from stage_grpo.policy.adapted import adapters_function, base_layer, is_adapted, why_not_adapted
 from stage_grpo.policy.decode_cache import DecodeCache, Decoder, KeysAndValues
+from stage_grpo.policy.onednn_linear import OneDnnLinear
 from stage_grpo.policy.packed import LinearFunction, can_pack, linear_function
 
 STATIC_ROPE = ("default", "linear", "llama3")
@@ -71,7 +75,8 @@ class LlamaDecoder(Decoder):
         self.eps = config.rms_norm_eps
         weight = backbone.layers[0].mlp.down_proj.weight
         device = weight.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.dtype = self._autocast or weight.dtype
         self.table = table.to(weight.dtype)
         self.final_norm = backbone.norm.weight.detach()
         places = torch.arange(capacity, device=weight.device)[None]
@@ -96,8 +101,13 @@ class LlamaDecoder(Decoder):
             down=self._joined([mlp.down_proj], copies),
         )
 
-    def _joined(self, parts: list[nn.Linear], copies: bool) -> LinearFunction:
+    def _joined(self, parts: list[Any], copies: bool) -> LinearFunction:
         """One function for linear layers that share their input: one product where copies of weights fit."""
+        joined = self._joined_bases([base_layer(part) for part in parts], copies)
+        adapters = adapters_function(parts, self._autocast)
+        return joined if adapters is None else lambda x: (joined(x) + adapters(x)).to(self.dtype)
+
+    def _joined_bases(self, parts: list[nn.Linear], copies: bool) -> LinearFunction:
         weights = [part.weight.detach().to(self.dtype) for part in parts]
         if copies:
             return linear_function(weights[0] if len(weights) == 1 else torch.cat(weights))
@@ -193,14 +203,14 @@ def _rotate(x: Float[Tensor, "R h d"], cos: Float[Tensor, "R 1 d"], sin: Float[T
 def why_not(backbone: Any, modules: tuple[nn.Module, ...] = ()) -> str | None:
     """Say why a backbone is none that :class:`LlamaDecoder` understands, or return None.
 
-    Anything that changes what a plain Llama computes has to show here: adapters, quantised or parametrised layers,
-    sharded weights, hooks, patched methods, options of the config.
+    Anything that changes what a plain Llama computes has to show here: adapters other than plain LoRA, quantised or
+    parametrised layers, sharded weights, hooks, patched methods, options of the config.
 
     Args:
         backbone: The language model.
         modules: Other modules that a decoder would read instead of calling.
     """
-    if type(backbone) is not llama.LlamaModel:
+    if _class(backbone) is not llama.LlamaModel:
         return f"the backbone is a {type(backbone).__name__}"
     config: Any = backbone.config
     wanted = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
@@ -214,9 +224,9 @@ def why_not(backbone: Any, modules: tuple[nn.Module, ...] = ()) -> str | None:
         return f"{len(backbone.layers)} layers stand where the config says {config.num_hidden_layers}"
     for module in (backbone, *modules):
         for name, part in module.named_modules():
-            if reason := _why_not_part(part):
+            if reason := _why_not_part(part, adapters=module is backbone):
                 return f"{name or type(module).__name__}: {reason}"
-    devices = {(p.device, p.dtype) for p in backbone.layers.parameters()}
+    devices = {(p.device, p.dtype) for name, p in backbone.layers.named_parameters() if ".lora_" not in name}
     return None if len(devices) == 1 else f"weights are spread over {sorted(map(str, devices))}"
 
 
@@ -228,16 +238,31 @@ _PLAIN = (
     llama.LlamaRMSNorm,
     llama.LlamaRotaryEmbedding,
     nn.Linear,
+    OneDnnLinear,
     nn.Embedding,
     nn.ModuleList,
+    nn.ModuleDict,  # these hold PEFT's adapters
+    nn.ParameterDict,
+    nn.Identity,
+    nn.Dropout,
 )
 
 
-def _why_not_part(part: Any) -> str | None:
+def _class(module: nn.Module) -> type:
+    """The class as written: FSDP2 puts a subclass in its place."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def _why_not_part(part: Any, adapters: bool) -> str | None:
     """Why one module is not what its class says."""
-    if type(part) not in _PLAIN and not (type(part).__module__ in _TRUSTED and not list(part.parameters(False))):
+    kind = _class(part)
+    if adapters and is_adapted(part):
+        if reason := why_not_adapted(part):
+            return reason
+    elif kind not in _PLAIN and not (kind.__module__ in _TRUSTED and not list(part.parameters(False))):
         return f"it is a {type(part).__module__}.{type(part).__qualname__}"
-    if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    if any(getattr(hook, "__qualname__", None) not in _HARMLESS_HOOKS for hook in hooks) or "forward" in vars(part):
         return "it has a hook or a patched forward"
     for name, parameter in part.named_parameters(recurse=False):
         if type(parameter) is not nn.Parameter or parameter.is_meta:
@@ -248,6 +273,13 @@ def _why_not_part(part: Any) -> str | None:
     return None
 
 
+_HARMLESS_HOOKS = (
+    # What checkpointing of activations puts on embeddings leaves them as they are.
+    f"{PreTrainedModel.enable_input_require_grads.__qualname__}.<locals>.make_inputs_require_grads",
+    # FSDP2 gathers weights; those that are not gathered already show as shards.
+    "FSDPState._pre_forward",
+    "FSDPState._post_forward",
+)
 _TRUSTED = ("torch.nn.modules.activation", "transformers.activations", "transformers.models.janus.modeling_janus")
 """Where activations come from, and modules that only hold others."""
 

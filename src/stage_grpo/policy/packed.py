@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stage_grpo.policy.onednn_linear import onednn_available
+
 LinearFunction = Callable[[Tensor], Tensor]
 """From (R, K) to (R, N)."""
 
@@ -38,9 +40,8 @@ def can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and onednn_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 

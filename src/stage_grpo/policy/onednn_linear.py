@@ -1,0 +1,73 @@
+"""Linear layers of a training pass whose products are oneDNN's, where those of PyTorch's own library are slower.
+
+PyTorch takes float32 products on x86 from MKL, which on other processors than Intel's keeps to vectors of 256 bits.
+oneDNN, which PyTorch brings for convolutions, uses what the processor has: on an AMD EPYC of the Zen 5 generation it
+takes half the time (``benchmarks/products.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from stage_grpo.devices import cpu_vendor
+
+
+def onednn_available() -> bool:
+    """Whether this PyTorch has oneDNN's product of a matrix and a linear layer's weight."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def onednn_pays() -> bool:
+    """Whether oneDNN's float32 products are faster than MKL's: with AVX-512 on a processor that is not Intel's."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return onednn_available() and wide and cpu_vendor() != "GenuineIntel"
+
+
+class OneDnnLinear(nn.Linear):
+    """``nn.Linear`` but for the rounding: in float32 on a CPU the products of both passes are oneDNN's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear`` does; other dtypes and devices, autocast and empty batches are left to it."""
+        plain = input.device.type != "cpu" or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if plain or input.dim() == 1 or not input.numel():
+            return super().forward(input)
+        product: Any = _Linear.apply(input, self.weight, self.bias)
+        return product
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Make every ``nn.Linear`` of a model a :class:`OneDnnLinear`; its parameters and their names stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDnnLinear
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "*n K"], weight: Float[Tensor, "N K"], bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "*n N"]) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _linear(grad, weight.t()) if for_x else None,
+            # Transposed, which is faster than grad' x.
+            _linear(x.flatten(0, -2).t(), rows.t()).t() if for_weight else None,
+            rows.sum(dim=0) if for_bias else None,
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
