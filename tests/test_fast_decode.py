@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaModel
 from stage_grpo.policy import decoder as module
 from stage_grpo.policy.decode_cache import equal_lengths
 from stage_grpo.policy.decoder import LlamaDecoder, why_not
-from stage_grpo.policy.janus import JanusPolicy
+from stage_grpo.policy.janus import JanusPolicy, _tell_once
 from stage_grpo.policy.packed import can_pack, linear_function
 from stage_grpo.policy.steps import DecoderSteps, GenericSteps
 from stage_grpo.rollout import bytes_per_row, rollout
@@ -283,12 +283,15 @@ STRANGE = {
 
 
 @pytest.mark.parametrize(("change", "reason"), STRANGE.values(), ids=STRANGE)
-def test_what_it_does_not_understand_is_left_to_the_library(policy, change, reason):
+def test_what_it_does_not_understand_is_left_to_the_library(policy, change, reason, caplog):
     assert why_not(policy.backbone) is None
     change(policy)
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(why_not(policy.backbone))
-    assert policy.make_decoder(64) is None
+    _tell_once.cache_clear()
+    assert policy.make_decoder(64) is None and policy.make_decoder(64) is None
+    (told,) = caplog.messages
+    assert told == f"sampling takes transformers' own decoding step, which is slower: {why_not(policy.backbone)}"
 
 
 def test_another_backbone_and_a_changed_head_are_left_to_the_library(policy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +14,13 @@ from transformers import JanusForConditionalGeneration
 from stage_grpo.policy.base import ImagePolicy
 from stage_grpo.policy.decode_cache import Decoder
 from stage_grpo.policy.decoder import LlamaDecoder, why_not
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    logger.warning("sampling takes transformers' own decoding step, which is slower: %s", reason)
 
 
 class JanusPolicy(ImagePolicy, JanusForConditionalGeneration):
@@ -77,9 +86,10 @@ class JanusPolicy(ImagePolicy, JanusForConditionalGeneration):
         return head.activation_fn(head.proj_out(hidden_states))
 
     def make_decoder(self, capacity: int) -> Decoder | None:
-        """The step of ``decoder.LlamaDecoder`` if this backbone is a plain Llama."""
+        """The step of ``decoder.LlamaDecoder`` if this backbone is a plain Llama, with or without LoRA."""
         head: Any = self.model.generation_head
-        if why_not(self.backbone, (head,)) is not None:
+        if (reason := why_not(self.backbone, (head,))) is not None:
+            _tell_once(reason)
             return None
         codes = torch.arange(self.get_output_embeddings().out_features, device=self.device)
         return LlamaDecoder(
