@@ -30,8 +30,6 @@ Record = Literal["both", "conditional", "guided", "nothing"]
 _TENSORS = ("codes", "logps", "entropies", "guided_logps", "guided_entropies")
 CPU_MEMORY_BUDGET = 2 * 1024**3
 """Bytes that one chunk of a rollout may take on a CPU, unless told otherwise."""
-CPU_DECODE_BUDGET = 40 * 1024**2
-"""The same for decoding images, which is fastest where feature maps stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -205,16 +203,9 @@ def decode_images(
 ) -> UInt8[np.ndarray, "B height width 3"]:
     """Decode codes to RGB in chunks that fit the memory budget.
 
-    Args:
-        policy: The policy, whose decoder is used.
-        codes: Codes of each image.
-        budget: Bytes one chunk may take; by default :func:`memory_budget`, and less on a CPU, for its cache.
-
     Returns:
         Images on the CPU, 0 to 255.
     """
-    if budget is None:
-        budget = CPU_DECODE_BUDGET if policy.device.type == "cpu" else memory_budget(policy.device)
-    per_chunk = budget // policy.decode_bytes_per_image
+    per_chunk = (budget or memory_budget(policy.device)) // policy.decode_bytes_per_image
     parts = [policy.decode(codes[rows]).cpu().numpy() for rows in _chunks(len(codes), per_chunk)]
     return np.concatenate(parts)

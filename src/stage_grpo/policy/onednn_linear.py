@@ -60,13 +60,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, "*n N"]) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
         return (
             _linear(grad, weight.t()) if for_x else None,
-            # Transposed, which is faster than grad' x.
-            _linear(x.flatten(0, -2).t(), rows.t()).t() if for_weight else None,
-            rows.sum(dim=0) if for_bias else None,
+            _transposed_product(grad.flatten(0, -2), x.flatten(0, -2)) if for_weight else None,
+            grad.flatten(0, -2).sum(dim=0) if for_bias else None,
         )
+
+
+def _transposed_product(a: Float[Tensor, "n N"], b: Float[Tensor, "n K"]) -> Float[Tensor, "N K"]:
+    """``a' b``. The first factor of a product is laid out anew, so let it be the smaller one."""
+    return _linear(a.t(), b.t()) if a.shape[1] < b.shape[1] else _linear(b.t(), a.t()).t()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
