@@ -12,6 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from conftest import PROMPTS, save_untrained
 from stage_grpo import devices, objective
+from stage_grpo import trainer as trainer_module
 from stage_grpo.config import PRESETS, StageConfig
 from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy import load_policy
@@ -129,7 +130,8 @@ def _tokenizer(policy):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_everything_off_equals_trl(checkpoint, tmp_path, loss_type):
+def test_everything_off_equals_trl(checkpoint, tmp_path, loss_type, monkeypatch):
+    monkeypatch.setattr(trainer_module, "onednn_pays", lambda: False)  # TRL's trainer has PyTorch's products
     stage = trainer_for(checkpoint, tmp_path / "a", preset="grpo", loss_type=loss_type, share_prompts=False)
     batch = scored_batch(stage)
     plain = plain_trl_trainer(checkpoint, tmp_path / "b", loss_type=loss_type)
