@@ -60,15 +60,15 @@ def seconds(work: Callable[[], Any]) -> float:
 def compare(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     tokens, inputs, outputs = shape
     torch.manual_seed(0)
-    theirs, ours = (nn.Linear(inputs, outputs, bias=False) for _ in range(2))
-    ours.load_state_dict(theirs.state_dict())
-    use_onednn(ours)
+    layers = {side: nn.Linear(inputs, outputs, bias=False) for side in ("ours", "theirs")}
+    layers["ours"].load_state_dict(layers["theirs"].state_dict())
+    use_onednn(layers["ours"])
     x, grad = torch.randn(tokens, inputs, requires_grad=True), torch.randn(tokens, outputs)
-    work = {"ours": passes(ours, x, grad), "theirs": passes(theirs, x, grad)}
+    work = {side: passes(layer, x, grad) for side, layer in layers.items()}
     gradients = {}
     for side, parts in work.items():
         parts["both"]()
-        gradients[side] = [x.grad, (ours if side == "ours" else theirs).weight.grad]
+        gradients[side] = [x.grad, layers[side].weight.grad]
     row: dict[str, Any] = {"shape": shape}
     pairs = zip(*gradients.values())
     row["difference"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

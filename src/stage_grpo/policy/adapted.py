@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 
 from stage_grpo.policy.packed import LinearFunction, linear_function
 
 
 def is_adapted(layer: Any) -> bool:
-    """Whether a layer is PEFT's LoRA around a linear one; PEFT itself takes seconds to import."""
-    return f"{type(layer).__module__}.{type(layer).__qualname__}" == "peft.tuners.lora.layer.Linear"
+    """Whether a layer is PEFT's LoRA around a linear one."""
+    return type(layer) is lora.Linear
 
 
 def base_layer(layer: Any) -> nn.Linear:

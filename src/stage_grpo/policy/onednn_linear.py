@@ -1,8 +1,7 @@
 """Linear layers of a training pass whose products are oneDNN's, where those of PyTorch's own library are slower.
 
-PyTorch takes float32 products on x86 from MKL, which on other processors than Intel's keeps to vectors of 256 bits.
-oneDNN, which PyTorch brings for convolutions, uses what the processor has: on an AMD EPYC of the Zen 5 generation it
-takes half the time (``benchmarks/products.py``).
+PyTorch takes float32 products on x86 from MKL. oneDNN, which it brings for convolutions, takes half the time on an AMD
+EPYC of the Zen 5 generation (``benchmarks/products.py``), where MKL reaches about what vectors of 256 bits allow.
 """
 
 from __future__ import annotations
@@ -25,9 +24,14 @@ def onednn_available() -> bool:
 
 @functools.cache
 def onednn_pays() -> bool:
-    """Whether oneDNN's float32 products are faster than MKL's: with AVX-512 on a processor that is not Intel's."""
+    """Whether to take oneDNN's float32 products for MKL's: with AVX-512 on a processor that is not Intel's."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return onednn_available() and wide and cpu_vendor() != "GenuineIntel"
+
+
+def onednn_product(x: Float[Tensor, "*n K"], weight: Any, bias: Tensor | None = None) -> Float[Tensor, "*n N"]:
+    """``nn.functional.linear`` in float32 on a CPU, without a gradient; the weight may be laid out for oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class OneDnnLinear(nn.Linear):
@@ -53,7 +57,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Float[Tensor, "*n K"], weight: Float[Tensor, "N K"], bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _linear(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -61,7 +65,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            _linear(grad, weight.t()) if for_x else None,
+            onednn_product(grad, weight.t()) if for_x else None,
             _transposed_product(grad.flatten(0, -2), x.flatten(0, -2)) if for_weight else None,
             grad.flatten(0, -2).sum(dim=0) if for_bias else None,
         )
@@ -69,8 +73,4 @@ class _Linear(torch.autograd.Function):
 
 def _transposed_product(a: Float[Tensor, "n N"], b: Float[Tensor, "n K"]) -> Float[Tensor, "N K"]:
     """``a' b``. The first factor of a product is laid out anew, so let it be the smaller one."""
-    return _linear(a.t(), b.t()) if a.shape[1] < b.shape[1] else _linear(b.t(), a.t()).t()
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn_product(a.t(), b.t()) if a.shape[1] < b.shape[1] else onednn_product(b.t(), a.t()).t()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stage_grpo.policy.onednn_linear import onednn_available
+from stage_grpo.policy.onednn_linear import onednn_available, onednn_product
 
 LinearFunction = Callable[[Tensor], Tensor]
 """From (R, K) to (R, N)."""
@@ -48,4 +48,4 @@ def can_pack(weight: Tensor) -> bool:
 def _packed_linear(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
     # A single row would go to a matrix-vector kernel, which adds in another order.
     rows = x.expand(2, -1) if x.shape[0] == 1 else x
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")[: x.shape[0]]
+    return onednn_product(rows, packed, bias)[: x.shape[0]]
