@@ -178,7 +178,7 @@ def give_codes(trainer: StageTrainer, codes: torch.Tensor) -> None:
     for ids, row in zip(prompt_ids, codes):  # one at a time, so that this is no peak
         prompt, mask = (x.to(policy.device) for x in left_pad([ids], policy.pad_token_id))
         features = policy.head_features(torch.cat([prompt, row[None]], dim=1), policy.attention_mask_with_image(mask))
-        logits = policy.image_logits(features[0, -len(row) - 1 : -1])
+        logits = policy.image_logits(features[0])
         logps.append(torch.log_softmax(logits, dim=-1).gather(1, row[:, None])[:, 0])
         entropies.append(token_entropy(logits))
     scores = [torch.stack(logps), torch.stack(entropies)]

@@ -50,10 +50,10 @@ from stage_step import (
 )
 from step_tables import SIDES, as_table, plot
 
-from stage_grpo import trl_seams
 from stage_grpo.planning.setting import Setting
 from stage_grpo.planning.sizes import measure
 from stage_grpo.planning.work import work
+from stage_grpo.policy import scoring_head
 from stage_grpo.trainer import StageTrainer
 
 PHASES = (
@@ -226,7 +226,7 @@ def main_memory(
 def set_tile(tokens: int | None) -> None:
     """How many tokens the fused head takes at a time on a CPU, instead of the project's choice; TRL's own is 4,096."""
     if tokens:
-        trl_seams.CPU_TOKENS_A_TILE = tokens
+        scoring_head.CPU_TOKENS_A_TILE = tokens
 
 
 def main(words: list[str] | None = None) -> None:

@@ -83,7 +83,7 @@ def sampled(policy, prompts, guidance_scale=3.0):
 def teacher_forced(policy, result):
     ids, mask = left_pad(result.prompt_ids, policy.pad_token_id)
     full, mask = torch.cat([ids, result.codes], dim=1), policy.attention_mask_with_image(mask)
-    logits = policy.image_logits(policy.head_features(full, mask)[:, ids.shape[1] - 1 : -1])
+    logits = policy.image_logits(policy.head_features(full, mask))
     return torch.log_softmax(logits, dim=-1).gather(-1, result.codes[..., None]).squeeze(-1)
 
 

@@ -96,7 +96,7 @@ def moved(checkpoint, folder, **changes):
 def log_probabilities(policy, batch):
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     features = policy.head_features(ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1))
-    logps = torch.log_softmax(policy.image_logits(features[:, -37:-1]), dim=-1)
+    logps = torch.log_softmax(policy.image_logits(features), dim=-1)
     return logps.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
 
 

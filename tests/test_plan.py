@@ -321,7 +321,7 @@ def test_operations_of_scoring_equal_the_counted_ones(recipe, guided):
     ids = torch.ones(1, P + T, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         features = policy.head_features(ids, torch.ones_like(ids))
-        policy.image_logits(features[:, -T:])
+        policy.image_logits(features)
     run = tiny_run(recipe, policy, guidance_in_scoring=guided)
     assert work.forward_flops(run) == counter.get_total_flops()
 

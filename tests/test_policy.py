@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, JanusForConditionalGeneration
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from conftest import PROMPTS
 from stage_grpo.policy import left_pad, load_policy
 from stage_grpo.policy.base import guide, positions
+from stage_grpo.policy.scoring_head import add_scoring_head
 
 
 @torch.no_grad()
@@ -17,7 +19,7 @@ def logits_of(policy, prompt_ids, codes):
     ids, mask = left_pad(prompt_ids, policy.pad_token_id)
     full = torch.cat([ids, codes], dim=1)
     features = policy.head_features(full, policy.attention_mask_with_image(mask))
-    return policy.image_logits(features[:, ids.shape[1] - 1 : -1])
+    return policy.image_logits(features)
 
 
 @pytest.fixture
@@ -90,13 +92,24 @@ def test_guide_by_hand():
     torch.testing.assert_close(mixed, torch.tensor([6.0, -5.0]), atol=1e-6, rtol=0)
 
 
-def test_fused_head_of_trl_gives_the_image_heads_log_probabilities(policy, prompt_ids, codes):
+def by_trl_alone(policy):
+    add_fused_lm_head(policy, temperature=0.7, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy"))
+
+
+def without_prompts(policy):
+    add_scoring_head(policy, 0.7, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("add_head", [by_trl_alone, without_prompts])
+def test_fused_head_of_trl_gives_the_image_heads_log_probabilities(policy, prompt_ids, codes, add_head, monkeypatch):
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 100)  # restored afterwards
     ids, mask = left_pad(prompt_ids, policy.pad_token_id)
     full, mask = torch.cat([ids, codes], dim=1), policy.attention_mask_with_image(mask)
     labels = full.masked_fill(torch.arange(full.shape[1]) < ids.shape[1], -100)
-    add_fused_lm_head(policy, temperature=0.7, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy"))
+    add_head(policy)
     with torch.no_grad():
         out = policy(input_ids=full, attention_mask=mask, labels=labels, fused_lm_head=True)
+    assert out.log_probs.shape[1] == (36 if add_head is without_prompts else full.shape[1] - 1)
     logps = torch.log_softmax(logits_of(policy, prompt_ids, codes) / 0.7, dim=-1)
     expected = logps.gather(-1, codes[..., None]).squeeze(-1)
     torch.testing.assert_close(out.log_probs[:, -36:], expected, atol=2e-5, rtol=0)
@@ -121,7 +134,9 @@ def test_decode_is_the_vq_model_scaled_to_bytes(policy, codes):
     with torch.no_grad():
         pixels = policy.model.vqmodel.decode(codes[:2])
     expected = np.clip((pixels.permute(0, 2, 3, 1).numpy() + 1) / 2 * 255, 0, 255).astype(np.uint8)
-    assert np.array_equal(policy.decode(codes[:2]).numpy(), expected)
+    # Convolutions of another layout differ in the last bit, which truncation can turn into one level.
+    difference = np.abs(policy.decode(codes[:2]).numpy().astype(int) - expected)
+    assert difference.max() <= 1 and (difference != 0).mean() < 1e-3
     assert expected.shape == (2, policy.image_size, policy.image_size, 3)
 
 

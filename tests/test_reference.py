@@ -47,7 +47,7 @@ def scores(policy, batch):
     """Log-probabilities and entropies of a batch's images, written out."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    logps = torch.log_softmax(policy.image_logits(policy.head_features(ids, mask)[:, -37:-1]), dim=-1)
+    logps = torch.log_softmax(policy.image_logits(policy.head_features(ids, mask)), dim=-1)
     chosen = logps.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
     return chosen, -(logps.exp() * logps).sum(-1)
 

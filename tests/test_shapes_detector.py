@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 from transformers import JanusForConditionalGeneration
 
 from stage_grpo.rewards.geneval import judge
+from stage_grpo.shapes import detector
 from stage_grpo.shapes.detector import UNKNOWN_COLOR, ShapesDetector
 from stage_grpo.shapes.prompts import rows, sample_scene
 from stage_grpo.shapes.scenes import COLORS, SHAPES, SIZES, Scene, SceneObject, bounding_box, render
@@ -91,6 +92,27 @@ def test_every_shape_color_and_size(shape, color, size):
     assert list(found.objects) == [shape]
     assert found.colors(shape, [box]) == [color]
     assert 0.9 < box.confidence <= 1.0
+
+
+def test_templates_of_another_size_are_left_out_of_the_comparison_without_loss():
+    """Against all templates, on coverages from whole to hardly recognisable."""
+    templates, areas = detector._templates()
+    draws, verdicts = np.random.default_rng(0), []
+    for index in draws.integers(len(templates), size=300):
+        noise = draws.normal(0, draws.uniform(0, 0.5), (22, 22))
+        patch = np.clip(templates[index].reshape(22, 22) + noise, 0, 1).astype(np.float32)
+        flat = detector._sharpen(patch.reshape(-1))
+        shared = np.minimum(templates, flat).sum(axis=1)
+        overlaps = shared / (areas + flat.sum() - shared)
+        by_shape = overlaps.reshape(len(SHAPES), -1).max(axis=1)
+        second, best = np.sort(by_shape)[-2:]
+        quarters = detector._quarter_overlaps(flat, templates[overlaps.argmax()])
+        clear = best >= 0.85 and best - second >= 0.04 and quarters.min() >= 0.7
+        verdicts.append(clear)
+        shape, overlap = detector._match(patch)
+        assert shape == (SHAPES[by_shape.argmax()] if clear else None)
+        assert overlap == best or not clear
+    assert 50 < sum(verdicts) < 250
 
 
 def test_specks_are_no_objects():

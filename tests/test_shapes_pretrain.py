@@ -169,7 +169,7 @@ def test_the_policy_loss_is_the_mean_of_what_the_head_says(untrained, tokenizer)
     codes = torch.randint(0, 512, (1, 36), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         features = untrained.head_features(torch.cat([ids, codes], 1), torch.ones(1, ids.shape[1] + 36).long())
-        logps = untrained.image_logits(features)[:, ids.shape[1] - 1 : -1].log_softmax(-1)
+        logps = untrained.image_logits(features).log_softmax(-1)
         own = -logps.gather(-1, codes[..., None]).squeeze(-1)
         even = policy_loss(untrained, ids, torch.ones_like(ids), codes, torch.ones(1, 36))
         first = policy_loss(untrained, ids, torch.ones_like(ids), codes, torch.eye(36)[:1])

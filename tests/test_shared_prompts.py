@@ -23,10 +23,9 @@ def scored(policy, prompt_ids, codes, shares):
     policy.shares_prompts = shares
     policy.zero_grad()
     features = policy.head_features(torch.cat([ids, codes], dim=1), policy.attention_mask_with_image(mask))
-    used = features[:, ids.shape[1] - 1 : -1]
-    signs = torch.randn(used.shape, generator=torch.Generator().manual_seed(2))
-    (used * signs).mean().backward()
-    return used.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    signs = torch.randn(features.shape, generator=torch.Generator().manual_seed(2))
+    (features * signs).mean().backward()
+    return features.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])
@@ -86,10 +85,10 @@ def test_the_prompt_runs_once_a_group(policy, prompt_ids):
     codes = torch.randint(512, (len(prompt_ids), 36))
     longest = max(map(len, prompt_ids))
     scored(policy, prompt_ids, codes, shares=True)
-    assert counted == [4 * longest, 12 * 36]
+    assert counted == [4 * longest, 12 * 35]  # the last code predicts nothing
     counted.clear()
     scored(policy, prompt_ids, codes, shares=False)
-    assert counted == [12 * (longest + 36)]
+    assert counted == [12 * (longest + 35)]
     hook.remove()
 
 

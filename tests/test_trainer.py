@@ -177,7 +177,7 @@ def test_loss_equals_the_objective_written_out(checkpoint, tmp_path):
     def written_out(model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        features = model.head_features(ids, mask)[:, -37:-1]
+        features = model.head_features(ids, mask)
         logps = torch.log_softmax(model.image_logits(features), dim=-1)
         logps = logps.gather(-1, inputs["completion_ids"][..., None]).squeeze(-1)
         names = ("old_per_token_logps", "ref_per_token_logps", "advantages")
@@ -237,7 +237,7 @@ def test_reference_is_a_policy_scored_by_its_image_head(checkpoint, tmp_path):
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
-        logits = reference.image_logits(reference.head_features(ids, mask)[:, -37:-1])
+        logits = reference.image_logits(reference.head_features(ids, mask))
     expected = torch.log_softmax(logits, -1).gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
     torch.testing.assert_close(batch["ref_per_token_logps"], expected, atol=1e-5, rtol=0)
 
@@ -362,7 +362,7 @@ def test_entropy_loss_adds_the_squared_gap_with_its_gradient(checkpoint, tmp_pat
     def written_out(model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        logits = model.image_logits(model.head_features(ids, mask)[:, -37:-1])
+        logits = model.image_logits(model.head_features(ids, mask))
         logps = torch.log_softmax(logits, dim=-1)
         gap = inputs["ref_entropy"] + (logps.exp() * logps).sum(-1).mean(1)
         return super(StageTrainer, stage)._compute_loss(model, inputs) + 0.5 * (gap**2).mean()

@@ -16,8 +16,9 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from conftest import PROMPTS
 from stage_grpo.policy import left_pad, load_policy, load_tokenizer
+from stage_grpo.policy.scoring_head import CPU_TOKENS_A_TILE, add_scoring_head
 from stage_grpo.presets import CHOICES, UNSUPPORTED
-from stage_grpo.trl_seams import CPU_TOKENS_A_TILE, add_scoring_head, reference_of
+from stage_grpo.trl_seams import reference_of
 
 NUM_TOKENS = 36
 
@@ -251,7 +252,7 @@ def test_the_fused_head_takes_as_many_tokens_at_a_time_as_it_is_told(policy, pro
     ids = torch.cat([ids, torch.arange(2 * NUM_TOKENS).view(2, -1)], dim=1)
     mask = policy.attention_mask_with_image(mask)
     add_scoring_head(policy, 1.0, torch.device("cpu"))
-    message = "TOKEN_CHUNK_SIZE no longer sets the tokens of a tile; see trl_seams.add_scoring_head"
+    message = "TOKEN_CHUNK_SIZE no longer sets the tokens of a tile; see policy.scoring_head"
     assert chunked_logprob.TOKEN_CHUNK_SIZE == CPU_TOKENS_A_TILE, message
     rows, results = [], []
     monkeypatch.setattr(
@@ -265,7 +266,7 @@ def test_the_fused_head_takes_as_many_tokens_at_a_time_as_it_is_told(policy, pro
         with torch.no_grad():
             out = policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
         results.append((out.log_probs, out.entropy))
-        assert max(shape[0] for shape in rows if isinstance(shape, tuple)) == min(tokens, ids[:, 1:].numel()), message
+        assert max(shape[0] for shape in rows if isinstance(shape, tuple)) == min(tokens, 2 * NUM_TOKENS), message
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=0)
 
 

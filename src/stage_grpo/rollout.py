@@ -30,6 +30,8 @@ Record = Literal["both", "conditional", "guided", "nothing"]
 _TENSORS = ("codes", "logps", "entropies", "guided_logps", "guided_entropies")
 CPU_MEMORY_BUDGET = 2 * 1024**3
 """Bytes that one chunk of a rollout may take on a CPU, unless told otherwise."""
+CPU_DECODE_BUDGET = 64 * 1024**2
+"""The same for images being decoded: more than the processor's cache holds is no faster."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,8 @@ def decode_images(
     Returns:
         Images on the CPU, 0 to 255.
     """
+    if policy.device.type == "cpu":
+        budget = min(budget or CPU_DECODE_BUDGET, CPU_DECODE_BUDGET)
     per_chunk = (budget or memory_budget(policy.device)) // policy.decode_bytes_per_image
     parts = [policy.decode(codes[rows]).cpu().numpy() for rows in _chunks(len(codes), per_chunk)]
     return np.concatenate(parts)

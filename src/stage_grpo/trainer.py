@@ -29,6 +29,7 @@ from stage_grpo.guarded import GuardedTrainer
 from stage_grpo.micro_batched import MicroBatchedTrainer
 from stage_grpo.policy.loading import load_tokenizer
 from stage_grpo.policy.onednn_linear import onednn_pays, use_onednn
+from stage_grpo.policy.scoring_head import add_scoring_head
 from stage_grpo.rewards.base import Reward, RewardFunction
 from stage_grpo.rewards.combination import RewardSum
 from stage_grpo.rewards.side_by_side import RewardThreads
@@ -125,7 +126,7 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
             policy.shares_prompts = self.args.share_prompts and self.can_share_prompts
             if self.accelerator.device.type == "cpu" and onednn_pays():
                 use_onednn(policy)
-            trl_seams.add_scoring_head(policy, self.temperature, self.accelerator.device)
+            add_scoring_head(policy, self.temperature, self.accelerator.device)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -17,9 +17,8 @@ from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig
 from PIL import Image
 from torch import Tensor
-from trl.kernels import chunked_logprob
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path
+from trl.trainer.utils import create_model_from_path
 
 from stage_grpo.config import StageConfig
 from stage_grpo.gathering import image_policy, with_whole_weights
@@ -41,8 +40,6 @@ logging.getLogger(grpo_trainer.__name__).addFilter(
 
 ENTROPY_REWARD = "entropy"
 """Name of the entropy reward's column among the reward functions."""
-CPU_TOKENS_A_TILE = 128
-"""Tokens whose logits are held at a time where no kernel folds them: TRL's 4,096 take several copies of 268 MB."""
 
 
 def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
@@ -209,14 +206,6 @@ def _sizes(policy: ImagePolicy, with_parameters: bool) -> dict[str, Any]:
         named: Any = policy
         sizes |= {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.named_parameters()}
     return sizes
-
-
-def add_scoring_head(policy: ImagePolicy, temperature: float, device: torch.device) -> None:
-    """Let a policy score codes as TRL asks: log-probabilities and entropies in float32, logits tile by tile."""
-    if device.type == "cpu":
-        chunked_logprob.TOKEN_CHUNK_SIZE = CPU_TOKENS_A_TILE
-    model: Any = policy
-    add_fused_lm_head(model, temperature=temperature, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy"))
 
 
 def entropy_placeholder(prompts: list[str], **_: Any) -> list[float]:

@@ -128,9 +128,11 @@ def forward_flops(run: Setting) -> int:
     """Operations to score one image once: prompt and codes through the language model, codes through the head."""
     sizes, tokens = run.sizes, run.sizes.policy.num_image_tokens
     last = run.sizes.policy.get_output_embeddings().weight.numel()
-    branch = 2 * (sizes.layers_matmul + sizes.head_matmul - last) * run.sequence + 2 * sizes.code_matmul * tokens
+    fed = run.sequence - 1  # the last code predicts nothing
+    branch = 2 * sizes.layers_matmul * fed + 2 * sizes.code_matmul * (tokens - 1)
+    branch += 2 * (sizes.head_matmul - last) * tokens
     # Guidance mixes the inputs of the head's last layer, which therefore runs once.
-    return run.branches_scored * (branch + _attention(run, run.sequence, run.sequence)) + 2 * last * tokens
+    return run.branches_scored * (branch + _attention(run, fed, fed)) + 2 * last * tokens
 
 
 def _num_steps(run: Setting, prompts_per_rollout: int) -> int | None:

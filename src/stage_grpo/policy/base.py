@@ -71,10 +71,14 @@ class _ImageBackbone:
     def __init__(self, policy: ImagePolicy):
         self._policy = policy
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, image_only: bool = False, **_: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=self._policy.head_features(input_ids, attention_mask))
+        features = self._policy.head_features(input_ids, attention_mask)
+        if not image_only:  # the head expects one place a token; nothing is scored where these zeros are
+            before = input_ids.shape[1] - self._policy.num_image_tokens - 1
+            features = nn.functional.pad(features, (0, 0, before, 1))
+        return BaseModelOutputWithPast(last_hidden_state=features)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy.inner_model, name)
@@ -210,9 +214,18 @@ class ImagePolicy(metaclass=abc.ABCMeta):
         return input_ids.masked_fill(blank, self.pad_token_id)
 
     def hidden_states(
-        self, input_ids: Int[Tensor, "B L"], codes: Int[Tensor, "B T"], attention_mask: Tensor
-    ) -> Float[Tensor, "B _ H"]:
-        """Run the language model over prompt tokens followed by image codes (teacher forcing)."""
+        self, input_ids: Int[Tensor, "B P"], codes: Int[Tensor, "B t"], attention_mask: Int[Tensor, "B L"]
+    ) -> Float[Tensor, "B n H"]:
+        """Run the language model over prompt tokens followed by image codes (teacher forcing).
+
+        Args:
+            input_ids: Left-padded prompts.
+            codes: The first t tokens of each image.
+            attention_mask: 1 for tokens, 0 for padding, over all L = P + t places.
+
+        Returns:
+            Last hidden states from the end of the prompt on: those that predict the first n = t + 1 image tokens.
+        """
         prompt, position_ids = self.embed_text(input_ids), positions(attention_mask)
         image = self.embed_codes(codes).to(prompt.dtype)  # autocast rounds what its layers give
         if self.shares_prompts:
@@ -227,18 +240,19 @@ class ImagePolicy(metaclass=abc.ABCMeta):
             position_ids=position_ids,
             use_cache=False,
         )
-        return outputs.last_hidden_state
+        return outputs.last_hidden_state[:, prompt.shape[1] - 1 :]
 
     def head_features(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]
-    ) -> Float[Tensor, "B L E"]:
-        """Inputs of the head's last layer at every position of prompt + codes, guided if scoring is.
+    ) -> Float[Tensor, "B T E"]:
+        """Inputs of the head's last layer where it predicts an image token, guided if scoring is.
 
         Args:
             input_ids: P prompt tokens followed by T image codes in each row.
             attention_mask: 1 for tokens, 0 for left padding.
         """
         prompt, codes = input_ids.tensor_split([input_ids.shape[1] - self.num_image_tokens], dim=1)
+        codes, attention_mask = codes[:, :-1], attention_mask[:, :-1]  # the last code predicts nothing
         if self.scoring_guidance is None:
             return self.project(self.hidden_states(prompt, codes, attention_mask))
         blank = self.unconditional_ids(prompt, attention_mask[:, : prompt.shape[1]])

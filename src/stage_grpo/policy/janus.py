@@ -108,7 +108,11 @@ class JanusPolicy(ImagePolicy, JanusForConditionalGeneration):
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "B T"]) -> UInt8[Tensor, "B height width 3"]:
         """Decode codes with the VQ model; [-1, 1] becomes [0, 255], truncated as in DeepSeek's example."""
-        pixels = self.decode_image_tokens(codes).float()
+        vqmodel: Any = self.model.vqmodel
+        latents = vqmodel.post_quant_conv(vqmodel.quantize.get_codebook_entry(codes))
+        if latents.device.type == "cpu":  # oneDNN's convolutions read this layout as it is
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        pixels = vqmodel.decoder(latents).permute(0, 2, 3, 1).float()
         return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
 
     @property

@@ -35,13 +35,13 @@ def unique_prompts(
 def hidden_states_of_groups(
     backbone: Any,
     prompt: Float[Tensor, "B P H"],
-    codes: Float[Tensor, "B T H"],
+    codes: Float[Tensor, "B t H"],
     attention_mask: Int[Tensor, "B L"],
     position_ids: Int[Tensor, "B L"],
     first: Int[Tensor, " U"],
     group: Int[Tensor, " B"],
-) -> Float[Tensor, "B L H"]:
-    """Last hidden states of prompts followed by images, where rows share their prompts.
+) -> Float[Tensor, "B n H"]:
+    """As :meth:`~stage_grpo.policy.base.ImagePolicy.hidden_states`, where rows share their prompts.
 
     Args:
         backbone: The language model.
@@ -71,4 +71,4 @@ def hidden_states_of_groups(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return torch.cat([before.index_select(0, group), after], dim=1)
+    return torch.cat([before[:, -1:].index_select(0, group), after], dim=1)

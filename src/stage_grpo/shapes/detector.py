@@ -146,9 +146,9 @@ def _core_color(values: Float[np.ndarray, "K 3"]) -> Float[np.ndarray, " 3"]:
 
 
 def _color_name(rgb: Float[np.ndarray, " 3"]) -> str:
-    distances = {name: float(np.linalg.norm(rgb - np.array(value))) for name, value in COLORS.items()}
-    nearest = min(distances, key=lambda name: distances[name])
-    return nearest if distances[nearest] <= MAX_COLOR_DISTANCE else UNKNOWN_COLOR
+    distances = np.linalg.norm(rgb - np.array(list(COLORS.values())), axis=1)
+    nearest = int(distances.argmin())
+    return list(COLORS)[nearest] if distances[nearest] <= MAX_COLOR_DISTANCE else UNKNOWN_COLOR
 
 
 def _own_coverage(
@@ -176,9 +176,13 @@ def _match(patch: Float[np.ndarray, "22 22"]) -> tuple[str | None, float]:
     """The shape a window clearly shows, or None, and its overlap with that shape's best template."""
     templates, areas = _templates()
     flat = _sharpen(patch.reshape(-1))
-    shared = np.minimum(templates, flat).sum(axis=1)
-    overlaps = (shared / (areas + flat.sum() - shared)).reshape(len(SHAPES), -1)
-    by_shape = overlaps.max(axis=1)
+    area = flat.sum()
+    # No overlap exceeds the ratio of the areas, and those below this can be neither the best nor its rival.
+    near = np.minimum(areas, area) >= (MIN_OVERLAP - MIN_MARGIN) * np.maximum(areas, area)
+    overlaps = np.zeros(len(templates), dtype=np.float32)
+    shared = np.minimum(templates[near], flat).sum(axis=1)
+    overlaps[near] = shared / (areas[near] + area - shared)
+    by_shape = overlaps.reshape(len(SHAPES), -1).max(axis=1)
     runner_up, best = np.sort(by_shape)[-2:]
     template = templates[int(overlaps.argmax())]
     clear = best >= MIN_OVERLAP and best - runner_up >= MIN_MARGIN

@@ -134,7 +134,7 @@ def policy_loss(
         weights: of each token's loss.
     """
     mask = policy.attention_mask_with_image(attention_mask)[:, :-1]
-    hidden = policy.hidden_states(prompt_ids, codes[:, :-1], mask)[:, prompt_ids.shape[1] - 1 :]
+    hidden = policy.hidden_states(prompt_ids, codes[:, :-1], mask)
     logits = policy.image_logits(policy.project(hidden))
     losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(weights)
     return (losses * weights).sum() / weights.sum()
