@@ -229,6 +229,15 @@ def test_kl_and_entropy_gap_vanish_before_the_first_update(checkpoint, tmp_path)
     assert second["kl"] > 1e-6 and second["entropy/gap"] > 1e-4
 
 
+def test_a_reward_named_as_the_entropy_reward_is_refused_beside_it(checkpoint, tmp_path):
+    def entropy(images, prompts, metadata):
+        return [0.0] * len(images)
+
+    with pytest.raises(ValueError, match=r"'entropy', as is the entropy reward.* or set entropy_reward_weight=0"):
+        trainer_for(checkpoint, tmp_path, reward=entropy)
+    trainer_for(checkpoint, tmp_path, reward=entropy, entropy_reward_weight=0.0)
+
+
 def test_reference_is_a_policy_scored_by_its_image_head(checkpoint, tmp_path):
     stage = trainer_for(checkpoint, tmp_path)
     assert type(stage.ref_model) is type(stage.model)

@@ -83,7 +83,7 @@ class StageTrainer(ShardedTrainer, MicroBatchedTrainer, GuardedTrainer):
         ahead = args.device.type != "cpu" if args.overlap_rewards is None else args.overlap_rewards
         self.reward_threads = RewardThreads(rewards, ahead)
         functions: list[Any] = [*self.reward_threads.functions]
-        complete = trl_seams.complete_args(args, policy, len(functions))
+        complete = trl_seams.complete_args(args, policy, [function.__name__ for function in functions])
         if args.entropy_reward_weight:
             functions.append(trl_seams.entropy_placeholder)
         roll_out: Any = trl_seams.sample_images

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -239,8 +239,12 @@ def chosen_adapters(model: Any, args: StageConfig, peft_config: PeftConfig | Non
     return peft_config
 
 
-def complete_args(args: StageConfig, policy: ImagePolicy, num_rewards: int) -> StageConfig:
-    """Complete the arguments with what the checkpoint and the method decide."""
+def complete_args(args: StageConfig, policy: ImagePolicy, reward_names: Sequence[str]) -> StageConfig:
+    """Complete the arguments with what the checkpoint and the method decide.
+
+    Raises:
+        ValueError: If a reward has the name of the entropy reward beside it.
+    """
     args = copy.copy(args)
     args.max_completion_length = policy.num_image_tokens
     # TRL would cast the *text* head; scoring runs the image head in float32 in any case.
@@ -248,7 +252,12 @@ def complete_args(args: StageConfig, policy: ImagePolicy, num_rewards: int) -> S
     if args.reward_aggregation == "normalize_then_sum":
         args.multi_objective_aggregation = "normalize_then_sum"
     if args.entropy_reward_weight:
-        args.reward_weights = [*(args.reward_weights or [1.0] * num_rewards), args.entropy_reward_weight]
+        if ENTROPY_REWARD in reward_names:
+            raise ValueError(
+                f"a reward is called {ENTROPY_REWARD!r}, as is the entropy reward beside it, and both would be logged "
+                "as one; give it another name, or set entropy_reward_weight=0"
+            )
+        args.reward_weights = [*(args.reward_weights or [1.0] * len(reward_names)), args.entropy_reward_weight]
     return args
 
 
