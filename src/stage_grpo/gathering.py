@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
@@ -36,6 +37,11 @@ class ShardedTrainer(GRPOTrainer):
     args: Any  # a StageConfig: TRL's own annotations would hide its fields
     model: Any
 
+    @cached_property
+    def policy(self) -> Any:
+        """The bare policy, whatever parallelism and adapters wrap around it: the same object all along."""
+        return image_policy(self.accelerator.unwrap_model(self.model))
+
     def create_accelerator_and_postprocess(self) -> None:
         """Create accelerate's objects as transformers does, and keep FSDP2 from rounding log-probabilities.
 
@@ -56,7 +62,7 @@ class ShardedTrainer(GRPOTrainer):
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        policy = image_policy(self.accelerator.unwrap_model(self.model))
+        policy = self.policy
         _forget_unused_renames(policy)
         with nullcontext() if self._fsdp_plugin is None else _heads_as_fsdp2_wants_them(policy):
             return super()._prepare_for_training(*args, **kwargs)

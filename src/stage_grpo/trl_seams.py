@@ -21,7 +21,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import create_model_from_path
 
 from stage_grpo.config import StageConfig
-from stage_grpo.gathering import image_policy, with_whole_weights
+from stage_grpo.gathering import with_whole_weights
 from stage_grpo.planning.setting import LORA_TARGETS
 from stage_grpo.policy.base import ImagePolicy
 from stage_grpo.policy.loading import load_policy
@@ -52,7 +52,7 @@ def sample_images(prompts: list[str], trainer: StageTrainer) -> dict[str, Any]:
         ``policy_entropies`` ((T,), nats).
     """
     args: Any = trainer.args
-    outline = image_policy(trainer.accelerator.unwrap_model(trainer.model))
+    outline = trainer.policy  # its weights may be spread over processes
     prompt_ids = outline.encode_prompts(trainer.processing_class, prompts, args.prompt_template)
     uniforms = image_uniforms(trainer.rollout_keys(len(prompts)), outline.num_image_tokens)
     budget = None if args.rollout_memory_gb is None else int(args.rollout_memory_gb * 1e9)
@@ -103,7 +103,7 @@ def token_batch(
         entropies=gather(torch.stack([row["policy_entropies"] for row in rows])),
         logps=gather(output["sampling_per_token_logps"]),
         num_generations=num_generations,
-        grid=image_policy(trainer.accelerator.unwrap_model(trainer.model)).grid,
+        grid=trainer.policy.grid,
         step=trainer.state.global_step,
         ref_logps=None if ref_logps is None else gather(ref_logps),
     )
@@ -127,7 +127,7 @@ def step_samples(
         images=[row["generated_images"] for row in rows],
         rewards=rewards[first : first + len(rows)].tolist(),
         advantages=weights["advantages"].float().reshape(len(rows), -1).mean(dim=1).tolist(),
-        grid=image_policy(trainer.accelerator.unwrap_model(trainer.model)).grid,
+        grid=trainer.policy.grid,
         weights=weights["advantage_weights"].tolist() if "advantage_weights" in weights else None,
         num_generations=group,
     )
