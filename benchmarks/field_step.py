@@ -24,8 +24,8 @@ from field_loop import published_loop
 from stage_step import REWARDS, Meter, optimize, prompt_ids_of
 from torch import Tensor
 
+from stage_grpo.onednn_linear import OneDnnLinear
 from stage_grpo.policy.base import ImagePolicy, left_pad, positions
-from stage_grpo.policy.onednn_linear import OneDnnLinear
 from stage_grpo.rollout import decode_images
 from stage_grpo.trainer import StageTrainer
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from stage_grpo.devices import cpu_vendor
-from stage_grpo.policy.onednn_linear import onednn_available, onednn_pays, use_onednn
+from stage_grpo.onednn_linear import onednn_available, onednn_pays, use_onednn
 
 SHAPES = {
     "tiny, attention": (64 * 36, 192, 192),

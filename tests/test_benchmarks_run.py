@@ -12,8 +12,8 @@ import torch
 
 from stage_grpo import similarity
 from stage_grpo import trainer as trainer_module
+from stage_grpo.onednn_linear import OneDnnLinear
 from stage_grpo.planning.sizes import policy_sizes
-from stage_grpo.policy.onednn_linear import OneDnnLinear
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

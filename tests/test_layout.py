@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "stage_grpo"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    ["types", "command_line", "checksums", "devices", "option_checks", "plug_ins", "versions"],
+    ["types", "command_line", "checksums", "devices", "onednn_linear", "option_checks", "plug_ins", "versions"],
     ["objective", "similarity", "entropy", "weighting", "presets"],
     ["checkpoints", "download", "prompt_sets", "run_checkpoints"],
     ["policy", "shards", "averaging"],

@@ -10,12 +10,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import PROMPTS
-from stage_grpo import devices
+from stage_grpo import devices, onednn_linear
 from stage_grpo import trainer as trainer_module
-from stage_grpo.policy import load_policy, onednn_linear
-from stage_grpo.policy.onednn_linear import OneDnnLinear, onednn_pays, use_onednn
+from stage_grpo.onednn_linear import OneDnnLinear, onednn_pays, use_onednn
+from stage_grpo.policy import load_policy
+from stage_grpo.rewards import loading
+from stage_grpo.rewards.loading import load_model
 from stage_grpo.trainer import StageTrainer
 from test_trainer import brightness, config
 
@@ -157,3 +160,13 @@ def test_a_trainer_uses_it_for_policy_and_reference(checkpoint, tmp_path, monkey
     for model in (trainer.model, trainer.ref_model):
         kinds = {type(part) for part in model.modules() if isinstance(part, nn.Linear)}
         assert kinds == {OneDnnLinear if pays else nn.Linear}
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_models_of_rewards_take_it_where_it_pays(tmp_path, monkeypatch, pays):
+    layout = CLIPTextConfig(vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=1)
+    layout.num_attention_heads, layout.max_position_embeddings = 2, 4
+    CLIPTextModel(layout).save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "onednn_pays", lambda: pays)
+    kinds = {type(layer) for layer in load_model(CLIPTextModel, tmp_path, "cpu", "float32").modules()}
+    assert (OneDnnLinear in kinds, nn.Linear in kinds) == (pays, not pays)

@@ -27,8 +27,8 @@ from stage_grpo.entropy import entropy_loss, entropy_reward
 from stage_grpo.gathering import ShardedTrainer, image_policy
 from stage_grpo.guarded import GuardedTrainer
 from stage_grpo.micro_batched import MicroBatchedTrainer
+from stage_grpo.onednn_linear import onednn_pays, use_onednn
 from stage_grpo.policy.loading import load_tokenizer
-from stage_grpo.policy.onednn_linear import onednn_pays, use_onednn
 from stage_grpo.policy.scoring_head import add_scoring_head
 from stage_grpo.rewards.base import Reward, RewardFunction
 from stage_grpo.rewards.combination import RewardSum

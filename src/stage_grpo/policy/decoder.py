@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
 from stage_grpo.devices import free_bytes
+from stage_grpo.onednn_linear import OneDnnLinear
 from stage_grpo.policy.adapted import adapters_function, base_layer, is_adapted, why_not_adapted
 from stage_grpo.policy.decode_cache import DecodeCache, Decoder, KeysAndValues
-from stage_grpo.policy.onednn_linear import OneDnnLinear
 from stage_grpo.policy.packed import LinearFunction, can_pack, linear_function
 
 STATIC_ROPE = ("default", "linear", "llama3")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stage_grpo.policy.onednn_linear import onednn_available, onednn_product
+from stage_grpo.onednn_linear import onednn_available, onednn_product
 
 LinearFunction = Callable[[Tensor], Tensor]
 """From (R, K) to (R, N)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stage_grpo.onednn_linear import onednn_pays, use_onednn
 from stage_grpo.rewards.whole_models import whole_models
 
 _LOADING = threading.Lock()
@@ -36,6 +37,8 @@ def load_model(model_class: Any, folder: Path, device: str, dtype: str, **argume
         raise ValueError(
             f"{folder} lacks {len(wrong)} weights of {model_class.__name__}, such as {wrong[0]}; get them again"
         )
+    if torch.device(device).type == "cpu" and onednn_pays():
+        use_onednn(model)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of a training pass whose products are oneDNN's, where those of PyTorch's own library are slower.
+"""Linear layers whose products are oneDNN's, in training and in rewards, where PyTorch's own library is slower.
 
 PyTorch takes float32 products on x86 from MKL. oneDNN, which it brings for convolutions, takes half the time on an AMD
 EPYC of the Zen 5 generation (``benchmarks/products.py``), where MKL reaches about what vectors of 256 bits allow.
